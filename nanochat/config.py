@@ -1,0 +1,150 @@
+"""Command-line configs: one frozen dataclass a stage, each field one flag.
+
+    @dataclass(frozen=True)
+    class Config:
+        depth: int = flag(12, "transformer layers")
+        num_iterations: int | None = flag(None, "optimizer steps", off=-1)
+
+    def main(argv=None):
+        run_cli(Config, run, argv, about=__doc__)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+
+
+class InputError(ValueError):
+    """Wrong input from outside. The message is one line: what is wrong, the value, the way out."""
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    off: Any = None,
+    choices: Sequence[str] | None = None,
+    short: str | None = None,
+    new: bool = False,
+) -> Any:
+    """A dataclass field that is a command-line flag.
+
+    Args:
+        off: how the report prints "not set" (the field is then None in code), and a value that the command
+            line takes for it; "None" is always taken where the type allows None.
+        short: one-letter spelling, such as "-i".
+        new: not a key of the reference report; printed after the reference's keys.
+    """
+    metadata = {"help": help, "off": off, "choices": choices, "short": short, "new": new}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+REQUIRED = dataclasses.MISSING
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def _scalar(kind: Any, optional: bool, off: Any, name: str) -> Callable[[str], Any]:
+    """The function that turns a flag's text into its value."""
+
+    def parse(text: str) -> Any:
+        if optional and (text == "None" or (off is not None and text == str(off))):
+            return None
+        try:
+            value = kind(text.replace("_", "") if kind is int else text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        return None if optional and off is not None and value == off else value
+
+    parse.__name__ = name
+    return parse
+
+
+def _kind(annotation: Any) -> tuple[Any, bool]:
+    """(scalar type, may it be None) of a field's annotation."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        args = [a for a in typing.get_args(annotation) if a is not type(None)]
+        return args[0], True
+    return annotation, False
+
+
+def build_parser(cls: type, about: str = "") -> argparse.ArgumentParser:
+    """The parser of a config class: `--device_batch_size` and `--device-batch-size`, `--k=v` and `--k v`."""
+    parser = _Parser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        m = f.metadata
+        kind, optional = _kind(hints[f.name])
+        names = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
+        if m["short"]:
+            names.insert(0, m["short"])
+        required = f.default is dataclasses.MISSING
+        default = None if required else f.default
+        shown = "required" if required else f"default {m['off'] if default is None else default}"
+        text = f"{m['help']} ({shown})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(
+                *names, dest=f.name, action=argparse.BooleanOptionalAction, default=default, help=text
+            )
+            continue
+        parser.add_argument(
+            *names,
+            dest=f.name,
+            type=_scalar(kind, optional, m["off"], f.name),
+            default=default,
+            required=required,
+            choices=m["choices"],
+            metavar=kind.__name__.upper() if m["choices"] is None else None,
+            help=text,
+        )
+    return parser
+
+
+def parse_config(cls: type[C], argv: Sequence[str] | None = None, about: str = "") -> C:
+    """Build the config from the command line.
+
+    Raises:
+        InputError: an unknown flag, a value of the wrong type, or one that the config refuses.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--"]:  # torchrun's separator; harmless without torchrun too
+        argv = argv[1:]
+    values = vars(build_parser(cls, about).parse_args(argv))
+    return cls(**values)
+
+
+def run_cli(
+    cls: type[C], run: Callable[[C], Any], argv: Sequence[str] | None = None, about: str | None = ""
+) -> None:
+    """Parse, run, and end a wrong input in one line on stderr with exit code 2."""
+    try:
+        run(parse_config(cls, argv, about or ""))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def report_config(cfg: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the reference report's settings, the settings that are new), in declaration order, "off" as printed."""
+    old: dict[str, Any] = {}
+    new: dict[str, Any] = {}
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        value = f.metadata["off"] if value is None else value
+        (new if f.metadata["new"] else old)[f.name] = value
+    return old, new
