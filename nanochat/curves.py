@@ -1,0 +1,43 @@
+"""Curves of a run: one JSON line a point in <base>/report/curves/<stage>.jsonl, drawn by the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from nanochat.runtime import base_dir
+
+
+def log_curve(stage: str, step: int, **values: float) -> None:
+    """Append the values at an optimizer step, such as `log_curve("base", 100, loss=3.2, lrm=1.0)`. Rank 0 only."""
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return
+    path = base_dir() / "report" / "curves" / f"{stage}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    point = {"step": int(step), **{name: float(value) for name, value in values.items()}}
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(point) + "\n")
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The points of one stage, one dict a step, in rising order of step.
+
+    A step lower than the one before it means that the stage was started again or resumed there: what an
+    earlier try logged from that step on is dropped. A line torn by a crash is skipped.
+    """
+    points: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            point = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if points and point["step"] < points[-1]["step"]:
+            points = [p for p in points if p["step"] < point["step"]]
+        if points and point["step"] == points[-1]["step"]:
+            points[-1].update(point)
+        else:
+            points.append(point)
+    return points

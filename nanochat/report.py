@@ -1,0 +1,437 @@
+"""The training report: every stage logs one section, `generate` joins them into report.md.
+
+    python -m nanochat.report reset      # before the first stage: header with git, hardware and source size
+    python -m nanochat.report generate   # after the last one
+
+Lives in <base>/report; report.md is copied to the current directory too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from nanochat.config import InputError
+from nanochat.runtime import base_dir
+
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+SECTIONS = (
+    "tokenizer-training",
+    "tokenizer-evaluation",
+    "base-model-training",
+    "base-model-loss",
+    "base-model-evaluation",
+    "midtraining",
+    "chat-evaluation-mid",
+    "chat-sft",
+    "chat-evaluation-sft",
+    "chat-rl",
+    "chat-evaluation-rl",
+)
+NOT_SECTIONS = ("header", "report")
+COLUMNS = {
+    "BASE": "base-model-evaluation",
+    "MID": "chat-evaluation-mid",
+    "SFT": "chat-evaluation-sft",
+    "RL": "chat-evaluation-rl",
+}
+# Rows of the Summary: report key -> row. The reference's own rows, and those that only our runs add.
+CHAT_ROWS = {k: k for k in ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval")}
+REFERENCE_ROWS: dict[str, dict[str, str]] = {
+    "BASE": {"CORE metric": "CORE"},
+    "MID": {**CHAT_ROWS, "ChatCORE metric": "ChatCORE"},
+    "SFT": {**CHAT_ROWS, "ChatCORE metric": "ChatCORE"},
+    "RL": {"GSM8K": "GSM8K"},
+}
+TINYWORLD_TASKS = ("TinyFacts", "TinySums", "TinyWordProblems", "TinySpelling", "TinyMC")
+OUR_CHAT_ROWS = {
+    **REFERENCE_ROWS["SFT"],
+    **{k: k for k in ("AQUA", "SpellingBee", *TINYWORLD_TASKS, "ChatCORE tinyworld")},
+}
+OUR_ROWS: dict[str, dict[str, str]] = {
+    "BASE": {"CORE metric": "CORE", "CORE tinyworld": "CORE tinyworld"},
+    "MID": OUR_CHAT_ROWS,
+    "SFT": OUR_CHAT_ROWS,
+    "RL": OUR_CHAT_ROWS,
+}
+PARTIAL_CORE = re.compile(r"CORE metric \((\d+ of \d+) tasks\)")
+# dollars per GPU and hour by a part of its name: what rented machines cost when the reference was made
+HOURLY_RATES = (("H100", 3.0), ("A100", 1.79), ("V100", 0.55))
+OTHER_HOURLY_RATE = 2.0
+BLOAT_SUFFIXES = ("py", "md", "rs", "html", "toml", "sh")
+
+
+def slugify(section: str) -> str:
+    return section.lower().replace(" ", "-")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file is the old one or the new one, never half of it. UTF-8, newlines as given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(text.encode("utf-8", errors="replace"))
+    os.replace(temporary, path)
+
+
+def format_value(value: Any) -> str:
+    """Floats with 4 decimals, integers from 10,000 on with commas, newlines escaped: one list item, one line."""
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, int) and value >= 10000:
+        return f"{value:,}"
+    return str(value).replace("\r", "\\r").replace("\n", "\\n")
+
+
+def format_section(section: str, timestamp: str, items: Sequence[str | Mapping[str, Any] | None]) -> str:
+    """Strings stand as they are, dicts become `- key: value` lines, what is empty is left out."""
+    parts = [f"## {section}\ntimestamp: {timestamp}\n\n"]
+    for item in items:
+        if not item:
+            continue
+        if isinstance(item, str):
+            parts.append(item if item.endswith("\n") else item + "\n")
+        else:
+            parts.extend(f"- {key}: {format_value(value)}\n" for key, value in item.items())
+    return "".join(parts) + "\n"
+
+
+def parse_items(text: str) -> dict[str, str]:
+    """The `- key: value` lines of a section; the key ends at the first `: `."""
+    pairs = (line[2:].split(": ", 1) for line in text.splitlines() if line.startswith("- ") and ": " in line)
+    return {key: value.strip() for key, value in pairs}
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _find(pattern: str, text: str) -> str | None:
+    match = re.search(pattern, text, re.MULTILINE)
+    return match.group(1) if match else None
+
+
+def _time_after(label: str, text: str) -> datetime | None:
+    found = _find(rf"^{label}: (\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d)$", text)
+    return datetime.strptime(found, TIME_FORMAT) if found else None
+
+
+def summary_rows(sections: Mapping[str, str], ours: bool) -> dict[str, dict[str, str]]:
+    """Summary table: row -> column -> value. Only whole keys with a number count, so neither
+    `task_name: GSM8K` nor `CORE tinyworld` can pass for a score of that name."""
+    rows: dict[str, dict[str, str]] = {}
+    wanted = OUR_ROWS if ours else REFERENCE_ROWS
+    for column, slug in COLUMNS.items():
+        for key, value in parse_items(sections.get(slug, "")).items():
+            row = wanted[column].get(key)
+            partial = PARTIAL_CORE.fullmatch(key)
+            if ours and partial and column == "BASE":
+                row = f"CORE ({partial.group(1)})"
+            if row and is_number(value):
+                rows.setdefault(row, {})[column] = value
+    if ours and is_number(bpb := parse_items(sections.get("base-model-loss", "")).get("val bpb", "")):
+        rows["val bpb"] = {"BASE": bpb}
+    rank = {"val bpb": 0, "CORE": 1, "ChatCORE": 4, "ChatCORE tinyworld": 5}
+    return dict(
+        sorted(rows.items(), key=lambda r: (rank.get(r[0], 2 if r[0].startswith("CORE ") else 3), r[0]))
+    )
+
+
+def format_table(rows: Mapping[str, Mapping[str, str]]) -> str:
+    width = max(15, *map(len, rows)) if rows else 15
+    lines = [
+        f"| {'Metric':<{width}} | " + " | ".join(f"{c:<8}" for c in COLUMNS) + " |",
+        f"|{'-' * (width + 2)}|" + "|".join("-" * 10 for _ in COLUMNS) + "|",
+    ]
+    for name, values in rows.items():
+        lines.append(f"| {name:<{width}} | " + " | ".join(f"{values.get(c, '-'):<8}" for c in COLUMNS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def format_duration(duration: timedelta) -> str:
+    minutes = int(duration.total_seconds()) // 60
+    return f"{minutes // 60}h{minutes % 60}m"
+
+
+def wall_clock(header: str, sections: Mapping[str, str], with_rl: bool) -> timedelta | None:
+    """From the run's start to its latest section; without RL as in the reference, which counts the main line."""
+    start = _time_after("Run started", header)
+    ends = [_time_after("timestamp", text) for slug, text in sections.items() if with_rl or "rl" not in slug]
+    known = [end for end in ends if end is not None]
+    return max(known) - start if start and known else None
+
+
+def format_summary(header: str, sections: Mapping[str, str], ours: bool) -> str:
+    bloat = re.search(r"^### Bloat\n(.*?)\n\n", header, re.MULTILINE | re.DOTALL)
+    text = "## Summary\n\n" + (bloat.group(1) if bloat else "[bloat not measured: no header]") + "\n\n"
+    text += format_table(summary_rows(sections, ours)) + "\n"
+    main = wall_clock(header, sections, with_rl=False)
+    text += f"Total wall clock time: {format_duration(main) if main is not None else 'unknown'}\n"
+    if not ours:
+        return text
+    total = wall_clock(header, sections, with_rl=True)
+    if total is not None and "chat-rl" in sections:
+        text += f"\nTotal wall clock time including RL: {format_duration(total)}\n"
+    rate = _find(r"^- Hourly Rate: \$([\d.]+)/hour$", header)
+    if total is not None and rate:
+        dollars = float(rate) * total.total_seconds() / 3600
+        text += f"\nCost at ${rate}/hour: ${dollars:.2f}\n"
+    return text
+
+
+class Report:
+    """Sections in `report_dir`, joined by generate().
+
+    Args:
+        report_dir: holds header.md, one file a section, curves/, plots/ and report.md.
+        copy_to: where generate() puts a second report.md; its plots go to report/plots beside it.
+        clock: the time, for the timestamps.
+    """
+
+    def __init__(
+        self,
+        report_dir: str | Path,
+        copy_to: str | Path | None = None,
+        clock: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        self.report_dir = Path(report_dir)
+        self.copy_to = Path(copy_to) if copy_to is not None else None
+        self.clock = clock
+
+    def _now(self) -> str:
+        return self.clock().strftime(TIME_FORMAT)
+
+    def log(self, section: str, data: Sequence[str | Mapping[str, Any] | None]) -> Path:
+        """Write a section over its previous version.
+
+        Args:
+            data: strings (verbatim) and dicts (`- key: value` lines); falsy items are skipped.
+        """
+        path = self.report_dir / f"{slugify(section)}.md"
+        write_atomically(path, format_section(section, self._now(), data))
+        return path
+
+    def _section_paths(self) -> dict[str, Path]:
+        """Section files by slug: the reference's in its order, then any others by name."""
+        found = {p.stem: p for p in sorted(self.report_dir.glob("*.md")) if p.stem not in NOT_SECTIONS}
+        found = {s: p for s, p in found.items() if p.read_text(encoding="utf-8").startswith("## ")}
+        order = [s for s in SECTIONS if s in found] + [s for s in found if s not in SECTIONS]
+        return {slug: found[slug] for slug in order}
+
+    def reset(self) -> None:
+        """Start a new run: drop the old run's sections, curves and plots, write the header."""
+        self.report_dir.mkdir(parents=True, exist_ok=True)
+        for path in self._section_paths().values():
+            path.unlink()
+        (self.report_dir / "report.md").unlink(missing_ok=True)
+        if self.copy_to is not None:
+            self.copy_to.unlink(missing_ok=True)
+        for folder in ("curves", "plots"):
+            shutil.rmtree(self.report_dir / folder, ignore_errors=True)
+        header = format_header(self._now())
+        started = self._now()
+        write_atomically(self.report_dir / "header.md", f"{header}Run started: {started}\n\n---\n\n")
+        # marks the run as ours: the Summary then says more than the reference's
+        write_atomically(self.report_dir / "run.json", json.dumps({"started": started}) + "\n")
+
+    def generate(self) -> Path:
+        """Join header, sections and Summary into report.md. Returns its path.
+
+        Raises:
+            InputError: there is nothing to report.
+        """
+        header_path, paths = self.report_dir / "header.md", self._section_paths()
+        if not header_path.exists() and not paths:
+            raise InputError(f"no report sections in {self.report_dir}; run a stage first")
+        header = ""
+        if header_path.exists():
+            header = header_path.read_bytes().decode("utf-8")
+        else:
+            print("warning: no header.md; run `python -m nanochat.report reset` before the first stage")
+        sections = {slug: path.read_bytes().decode("utf-8") for slug, path in paths.items()}
+        missing = [slug for slug in SECTIONS if slug not in sections]
+        if missing:
+            print(f"warning: no section yet: {', '.join(missing)}")
+        # a header that no reset() of ours wrote is another run's: its report keeps the reference's form
+        ours = (self.report_dir / "run.json").exists() or not header_path.exists()
+        text = header + "".join(section + "\n" for section in sections.values())
+        text += format_summary(header, sections, ours)
+        plots = self._draw_plots()
+        path = self.report_dir / "report.md"
+        write_atomically(path, text + format_plots(plots, "plots"))
+        if self.copy_to is not None and self.copy_to.resolve() != path.resolve():
+            write_atomically(self.copy_to, text + format_plots(plots, "report/plots"))
+            self._copy_plots(plots)
+        return path
+
+    def _draw_plots(self) -> list[Path]:
+        if not any((self.report_dir / "curves").glob("*.jsonl")):
+            return []
+        from nanochat.plots import draw_all  # matplotlib is slow to import
+
+        return draw_all(self.report_dir / "curves", self.report_dir / "plots")
+
+    def _copy_plots(self, plots: Sequence[Path]) -> None:
+        assert self.copy_to is not None
+        folder = self.copy_to.parent / "report" / "plots"
+        if not plots or folder.resolve() == (self.report_dir / "plots").resolve():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for plot in plots:
+            shutil.copyfile(plot, folder / plot.name)
+
+
+class NoReport(Report):
+    """What ranks other than 0 hold: it writes nothing."""
+
+    def log(self, section: str, data: Sequence[str | Mapping[str, Any] | None]) -> Path:
+        return self.report_dir / f"{slugify(section)}.md"
+
+    def generate(self) -> Path:
+        return self.report_dir / "report.md"
+
+    def reset(self) -> None:
+        pass
+
+
+def get_report() -> Report:
+    """The report of the base directory; on ranks other than 0 one that writes nothing."""
+    is_other_rank = dist.is_available() and dist.is_initialized() and dist.get_rank() != 0
+    return (NoReport if is_other_rank else Report)(base_dir() / "report", copy_to="report.md")
+
+
+def format_plots(plots: Sequence[Path], folder: str) -> str:
+    """The Plots section: one image a line, linked relative to the report."""
+    if not plots:
+        return ""
+    return (
+        "\n\n## Plots\n\n"
+        + "\n".join(f"![{p.stem.replace('_', ' ')}]({folder}/{p.name})" for p in plots)
+        + "\n"
+    )
+
+
+def _run(*command: str) -> str | None:
+    """Output of a command in the repository; None when it fails or does not exist."""
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[1], capture_output=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("utf-8", errors="replace").strip()
+
+
+def git_lines() -> list[str]:
+    status = _run("git", "status", "--porcelain")
+    state = "unknown" if status is None else "dirty" if status else "clean"
+    message = _run("git", "log", "-1", "--format=%s")
+    return [
+        f"- Branch: {_run('git', 'rev-parse', '--abbrev-ref', 'HEAD') or 'unknown'}",
+        f"- Commit: {_run('git', 'rev-parse', '--short', 'HEAD') or 'unknown'} ({state})",
+        f"- Message: {(message or 'unknown')[:80]}",
+    ]
+
+
+def hourly_rate(gpu_name: str, num_gpus: int) -> float:
+    """Dollars per hour of the machine, by its first GPU's name."""
+    rates = [rate for part, rate in HOURLY_RATES if part in gpu_name]
+    return num_gpus * (rates[0] if rates else OTHER_HOURLY_RATE)
+
+
+def hardware_lines() -> list[str]:
+    import psutil
+    import torch
+
+    lines = [
+        f"- Platform: {platform.system()}",
+        f"- CPUs: {psutil.cpu_count(logical=False)} cores ({psutil.cpu_count()} logical)",
+        f"- Memory: {psutil.virtual_memory().total / 2**30:.1f} GB",
+    ]
+    if not torch.cuda.is_available():
+        return [*lines, "- GPUs: None available"]
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = list(dict.fromkeys(gpu.name for gpu in gpus))
+    return [
+        *lines,
+        f"- GPUs: {len(gpus)}x {', '.join(names)}",
+        f"- GPU Memory: {sum(gpu.total_memory for gpu in gpus) / 2**30:.1f} GB total",
+        f"- CUDA Version: {torch.version.cuda or 'unknown'}",
+        f"- Hourly Rate: ${hourly_rate(names[0], len(gpus)):.2f}/hour",
+    ]
+
+
+def bloat_lines() -> list[str]:
+    """Size of the tracked sources: what a reader of this repository has before them."""
+    root = Path(__file__).parents[1]
+    listed = _run("git", "ls-files", *(f"*.{suffix}" for suffix in BLOAT_SUFFIXES))
+    lock = root / "uv.lock"
+    lock_lines = len(lock.read_text(encoding="utf-8").splitlines()) if lock.exists() else 0
+    keys = ("Characters", "Lines", "Files", "Tokens (approx)")
+    counts: list[str] = ["unknown"] * 4
+    if listed is not None:
+        paths = [root / name for name in listed.splitlines() if (root / name).is_file()]
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+        characters, lines = sum(map(len, texts)), sum(text.count("\n") for text in texts)
+        counts = [f"{n:,}" for n in (characters, lines, len(texts), characters // 4)]
+    return [
+        *(f"- {key}: {count}" for key, count in zip(keys, counts, strict=True)),
+        f"- Dependencies (uv.lock lines): {lock_lines:,}",
+    ]
+
+
+def format_header(generated: str) -> str:
+    """Everything above the `Run started` line."""
+    import torch
+
+    lines = [
+        "# nanochat training report\n",
+        f"Generated: {generated}\n",
+        "## Environment\n",
+        "### Git Information",
+        *git_lines(),
+        "\n### Hardware",
+        *hardware_lines(),
+        "\n### Software",
+        f"- Python: {platform.python_version()}",
+        f"- PyTorch: {torch.__version__}\n\n",
+        "### Bloat",
+        *bloat_lines(),
+        "\n",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", nargs="?", default="generate", choices=("generate", "reset"))
+    command = parser.parse_args(argv).command
+    try:
+        if command == "reset":
+            get_report().reset()
+        else:
+            print(f"report written to {get_report().generate()} and ./report.md")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
