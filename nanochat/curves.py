@@ -12,7 +12,7 @@ from nanochat.runtime import base_dir
 
 
 def log_curve(stage: str, step: int, **values: float) -> None:
-    """Append the values at an optimizer step, such as `log_curve("base", 100, loss=3.2, lrm=1.0)`. Rank 0 only."""
+    """Append the values at an optimizer step: `log_curve("base", 100, loss=3.2, lrm=1.0)`. Rank 0 only."""
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
     path = base_dir() / "report" / "curves" / f"{stage}.jsonl"
