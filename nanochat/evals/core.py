@@ -1,0 +1,238 @@
+"""CORE: the mean over in-context tasks of accuracy centered on guessing (Li et al. 2024, "DataComp-LM").
+
+A prompt is scored in one forward pass. Multiple choice and schema items take the option whose tokens have the lowest
+mean loss; a language modeling item counts when the greedy choice equals every token of the continuation.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.evals.bundle import Bundle, CoreTask
+from nanochat.runtime import Runtime, all_reduce, print0
+
+# logits of one batch, in elements: 1 GiB of fp32 on a GPU, 128 MiB elsewhere
+MAX_LOGITS = {"cuda": 2**28}
+MAX_LOGITS_ELSEWHERE = 2**25
+ROTARY_FACTOR = 10  # the model's position table is this many times its training length
+
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    label: str
+    num_correct: int
+    num_examples: int
+    baseline: float  # accuracy of guessing, 0 to 1
+
+    @property
+    def accuracy(self) -> float:
+        return self.num_correct / self.num_examples
+
+    @property
+    def centered(self) -> float:
+        """0 = guessing, 1 = all right."""
+        return (self.accuracy - self.baseline) / (1 - self.baseline)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `centered`, from sampling the examples."""
+        a = self.accuracy
+        return math.sqrt(a * (1 - a) / self.num_examples) / (1 - self.baseline)
+
+
+@dataclass(frozen=True)
+class CoreResult:
+    metric_name: str  # "CORE metric" only for all 22 tasks; see Bundle.metric_name
+    tasks: tuple[TaskScore, ...]
+
+    @property
+    def core_metric(self) -> float:
+        """Plain mean of the centered accuracies."""
+        return sum(task.centered for task in self.tasks) / len(self.tasks)
+
+    @property
+    def stderr(self) -> float:
+        return math.sqrt(sum(task.stderr**2 for task in self.tasks)) / len(self.tasks)
+
+    @property
+    def centered_results(self) -> dict[str, float]:
+        return {task.label: task.centered for task in self.tasks}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A token sequence of which ids[start:] is scored."""
+
+    ids: list[int]
+    start: int
+
+
+def render_prompts(task: CoreTask, item: Item, shots: Sequence[Item]) -> list[str]:
+    """The texts of one item: one a choice, or (language modeling) without and with the continuation."""
+    d = task.delimiter
+    if task.kind == "multiple_choice":
+        head = "".join(s["query"] + d + s["choices"][s["gold"]] + "\n\n" for s in shots)
+        return [head + item["query"] + d + choice for choice in item["choices"]]
+    if task.kind == "schema":
+        head = "".join(s["context_options"][s["gold"]] + d + s["continuation"] + "\n\n" for s in shots)
+        return [head + option + d + item["continuation"] for option in item["context_options"]]
+    head = "".join(s["context"].strip() + d + s["continuation"] + "\n\n" for s in shots)
+    without = head + item["context"].strip() + d
+    # stripped, because a space at the end would belong to the first token of the continuation
+    return [without.strip(), without + item["continuation"]]
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all sequences share."""
+    for i, tokens in enumerate(zip(*sequences, strict=False)):
+        if len(set(tokens)) > 1:
+            return i
+    return min(map(len, sequences))
+
+
+def scored_spans(kind: str, sequences: Sequence[list[int]]) -> list[Prompt]:
+    """Which tokens decide. At least one each: an option may be the beginning of all the others.
+
+    Multiple choice: what follows the common prefix. Schema: the common suffix. Language modeling: what the
+    continuation adds (one prompt).
+    """
+    shortest = min(map(len, sequences))
+    if kind == "schema":
+        suffix = common_prefix([ids[::-1] for ids in sequences])
+        suffix = max(1, min(suffix, shortest - 1))
+        return [Prompt(ids, len(ids) - suffix) for ids in sequences]
+    start = common_prefix(sequences)
+    if kind == "language_modeling":
+        full = sequences[1]
+        return [Prompt(full, min(start, len(full) - 1))]
+    return [Prompt(ids, min(start, shortest - 1)) for ids in sequences]
+
+
+def crop_left(prompt: Prompt, limit: int) -> Prompt:
+    """The last `limit` tokens, the first of them still BOS."""
+    cut = len(prompt.ids) - limit
+    if cut <= 0:
+        return prompt
+    return Prompt([prompt.ids[0], *prompt.ids[cut + 1 :]], max(1, prompt.start - cut))
+
+
+def fewshot_indices(index: int, num_fewshot: int, num_examples: int, num_items: int) -> list[int]:
+    """Which items stand before item `index`: drawn from the evaluated examples, as upstream does; where these are
+    too few, from the whole data set."""
+    pool = num_examples if num_examples > num_fewshot else num_items
+    others = [i for i in range(pool) if i != index]
+    return random.Random(1234 + index).sample(others, min(num_fewshot, len(others)))
+
+
+def batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
+    """Indices grouped by similar length: at most max_rows rows and, padded, max_tokens tokens (but one row always)."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
+        if batch and (len(batch) == max_rows or (len(batch) + 1) * lengths[batch[0]] > max_tokens):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def score_prompts(
+    model: Callable[[torch.Tensor], torch.Tensor], prompts: Sequence[Prompt], pad: int, device: torch.device
+) -> list[tuple[float, bool]]:
+    """(mean loss in nats of the scored tokens, is each the greedy choice) of every prompt, in one batch."""
+    T = max(len(p.ids) for p in prompts)
+    rows = [
+        p.ids + [pad] * (T - len(p.ids)) for p in prompts
+    ]  # right: causal, so padding changes nothing before it
+    idx = torch.tensor(rows, dtype=torch.long, device=device)  # (B, T)
+    logits = model(idx)  # (B, T, V)
+    scores = []
+    for i, p in enumerate(prompts):
+        span = logits[i, p.start - 1 : len(p.ids) - 1].float()  # (S, V): position t - 1 predicts token t
+        targets = idx[i, p.start : len(p.ids)]
+        loss = F.cross_entropy(span, targets)
+        scores.append(torch.stack([loss, (span.argmax(-1) == targets).all().float()]))
+    return [(loss, bool(greedy)) for loss, greedy in torch.stack(scores).tolist()]  # one wait for the device
+
+
+def is_correct(kind: str, scores: Sequence[tuple[float, bool]], gold: int | None) -> bool:
+    if kind == "language_modeling":
+        return scores[0][1]
+    losses = [loss for loss, _ in scores]
+    if any(math.isnan(loss) for loss in losses):
+        return False  # min() would take the first option
+    return losses.index(min(losses)) == gold
+
+
+def max_context(model: Any) -> int:
+    return getattr(model, "max_context", None) or ROTARY_FACTOR * model.config.sequence_len
+
+
+def evaluate_task(
+    model: Any, tokenizer: Any, rt: Runtime, task: CoreTask, max_examples: int | None, device_batch_size: int
+) -> TaskScore:
+    """Score the first `max_examples` items of the shuffled data, shared out over the ranks."""
+    items = task.read()
+    random.Random(1337).shuffle(items)
+    num_examples = min(len(items), max_examples or len(items))
+    bos, limit = tokenizer.get_bos_token_id(), max_context(model)
+    prompts: list[Prompt] = []
+    owners: list[int] = []  # which example each prompt is of
+    for index in range(rt.rank, num_examples, rt.world_size):
+        shots = [items[i] for i in fewshot_indices(index, task.num_fewshot, num_examples, len(items))]
+        sequences = tokenizer.encode(render_prompts(task, items[index], shots), prepend=bos)
+        for prompt in scored_spans(task.kind, sequences):
+            prompts.append(crop_left(prompt, limit))
+            owners.append(index)
+    max_logits = MAX_LOGITS.get(rt.device.type, MAX_LOGITS_ELSEWHERE)
+    max_tokens = max_logits // tokenizer.get_vocab_size()
+    scores: dict[int, tuple[float, bool]] = {}
+    for batch in batches([len(p.ids) for p in prompts], device_batch_size, max_tokens):
+        scored = score_prompts(model, [prompts[i] for i in batch], bos, rt.device)
+        scores.update(zip(batch, scored, strict=True))
+    by_example: dict[int, list[tuple[float, bool]]] = {}
+    for i, owner in enumerate(owners):
+        by_example.setdefault(owner, []).append(scores[i])
+    correct = sum(is_correct(task.kind, s, items[index].get("gold")) for index, s in by_example.items())
+    total = all_reduce(torch.tensor([correct], dtype=torch.long, device=rt.device))
+    return TaskScore(task.label, int(total.item()), num_examples, task.baseline)
+
+
+def evaluate_core(
+    model: Any,
+    tokenizer: Any,
+    rt: Runtime,
+    bundle: Bundle,
+    max_per_task: int | None = None,
+    device_batch_size: int = 32,
+) -> CoreResult:
+    """Evaluate every task of the bundle, one console line each.
+
+    Args:
+        model: idx (B, T) -> logits (B, T, V), not compiled (each batch has another shape). Its `max_context` if it
+            has one, else ten times config.sequence_len, is the longest prompt; longer ones lose their beginning.
+        max_per_task: examples a task; None = all.
+        device_batch_size: prompts a forward pass, at most.
+    """
+    scores = []
+    for task in bundle.tasks:
+        t0 = time.perf_counter()
+        score = evaluate_task(model, tokenizer, rt, task, max_per_task, device_batch_size)
+        scores.append(score)
+        print0(
+            f"{task.label} ({task.num_fewshot}-shot, {task.kind}) | accuracy: {score.accuracy:.4f} | "
+            f"centered: {score.centered:.4f} +- {score.stderr:.4f} | examples: {score.num_examples} | "
+            f"time: {time.perf_counter() - t0:.2f}s"
+        )
+    return CoreResult(bundle.metric_name, tuple(scores))
