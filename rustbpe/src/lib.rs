@@ -1,9 +1,16 @@
-//! Byte-level BPE.
-#[cfg(feature = "python")]
-use pyo3::prelude::*;
+//! Byte-level BPE: exact, parallel training and plain encoding.
+//!
+//! `count` splits texts into chunks and counts them, `train` learns merges from the counts, `encode` applies
+//! them. None of these knows Python; `python` (feature `python`) is the thin face that the extension shows.
 
+mod count;
+mod encode;
+mod error;
 #[cfg(feature = "python")]
-#[pymodule]
-fn rustbpe(_m: &Bound<'_, PyModule>) -> PyResult<()> {
-    Ok(())
-}
+mod python;
+mod train;
+
+pub use count::{ChunkCounts, Splitter, DEFAULT_PATTERN};
+pub use encode::Vocab;
+pub use error::BpeError;
+pub use train::{train, Pair, NUM_BYTES};
