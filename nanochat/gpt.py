@@ -178,7 +178,11 @@ class GPT(nn.Module):
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.compute_dtype = torch.float32
-        cos, sin = rope_tables(config.max_positions, config.head_dim)
+        self.fill_buffers()
+
+    def fill_buffers(self) -> None:
+        """The rotary tables; again after the model was built without storage."""
+        cos, sin = rope_tables(self.config.max_positions, self.config.head_dim)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

@@ -1,0 +1,229 @@
+"""One checkpoint format for all stages: a directory a step, staged, hashed, its manifest last, then renamed.
+
+    <base>/base_checkpoints/d20/step_021400/{model.safetensors, optim.safetensors, manifest.json}
+
+A directory is a checkpoint only when its manifest verifies. Weights and optimizer state are full tensors under the
+parameters' names, so that any number of ranks can load what any other saved. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nanochat.config import InputError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import Runtime, barrier, base_dir
+from nanochat.tokenizer import Tokenizer, get_tokenizer
+
+if TYPE_CHECKING:
+    from nanochat.optim import MuonAdamW
+
+FORMAT = 1
+DIRECTORIES = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
+TRAINED_BY = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
+STEP_NAME = re.compile(r"step_(\d{6,})")
+
+
+@dataclass
+class Checkpoint:
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor] | None
+    meta: dict[str, Any]
+
+
+def tag_directory(source: str, tag: str) -> Path:
+    if not re.fullmatch(r"[\w.+-]+", tag) or tag.startswith("."):
+        raise InputError(f"tag {tag!r} is no plain directory name; use letters, digits, '.', '_', '+', '-'")
+    return base_dir() / DIRECTORIES[source] / tag
+
+
+def save(
+    rt: Runtime, directory: Path, step: int, model: nn.Module, optimizer: MuonAdamW | None, meta: dict[str, Any]
+) -> Path:
+    """Write directory/step_NNNNNN; returns when it is whole and in place. Call it on all ranks.
+
+    Args:
+        meta: JSON-able; stored in the manifest beside step, sizes and hashes.
+    """
+    path = directory / f"step_{step:06d}"
+    optim_state = optimizer.state_dict() if optimizer is not None else None
+    if rt.is_master:
+        directory.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=directory))
+        try:
+            _write(staging, step, model.state_dict(), optim_state, meta)
+            if path.exists():  # the same step again: the old one goes only when the new one is whole
+                old = Path(tempfile.mkdtemp(prefix=".replaced-", dir=directory))
+                path.rename(old / path.name)
+                staging.rename(path)
+                shutil.rmtree(old)
+            else:
+                staging.rename(path)
+            _fsync(directory)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    barrier()
+    return path
+
+
+def _write(
+    staging: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    optim_state: dict[str, Tensor] | None,
+    meta: dict[str, Any],
+) -> None:
+    staging.chmod(0o755)  # mkdtemp makes it private
+    contents = {"model.safetensors": weights}
+    if optim_state is not None:
+        contents["optim.safetensors"] = optim_state
+    files = {}
+    for name, tensors in contents.items():
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, staging / name)
+        _fsync(staging / name)
+        files[name] = {"bytes": (staging / name).stat().st_size, "sha256": _sha256(staging / name)}
+    manifest = {"format": FORMAT, "step": step, "files": files, **meta}
+    with (staging / "manifest.json").open("w", encoding="utf-8") as f:
+        json.dump(manifest, f, indent=2)
+        f.flush()
+        os.fsync(f.fileno())
+    _fsync(staging)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint at {path}: it has no manifest.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"damaged checkpoint {path}: manifest.json: {error}; delete the directory") from None
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"checkpoint {path} has format {manifest.get('format')}; this version reads {FORMAT}")
+    return manifest
+
+
+def load(path: Path, with_optimizer: bool = False) -> Checkpoint:
+    """Read a checkpoint, every file verified by size and hash.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    manifest = read_manifest(path)
+    wanted = ["model.safetensors"] + (["optim.safetensors"] if with_optimizer else [])
+    tensors = {}
+    for name in wanted:
+        expected, file = manifest["files"].get(name), path / name
+        if expected is None:
+            raise InputError(f"checkpoint {path} holds no {name}; it cannot be resumed from")
+        if not file.exists() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise InputError(f"damaged checkpoint {path}: {name} does not match its manifest; delete the directory")
+        tensors[name] = load_file(file)
+    return Checkpoint(path, tensors["model.safetensors"], tensors.get("optim.safetensors"), manifest)
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the whole checkpoints in a tag directory, rising."""
+    found = []
+    for path in directory.glob("step_*"):
+        match = STEP_NAME.fullmatch(path.name)
+        if match and (path / "manifest.json").exists():
+            found.append(int(match[1]))
+    return sorted(found)
+
+
+def find(source: str, tag: str | None = None, step: int | None = None) -> Path:
+    """The checkpoint directory of a stage: the given tag, else the largest d<depth>, else the newest; the given
+    step, else the last.
+
+    Raises:
+        InputError: there is none; the message lists what is there.
+    """
+    root = base_dir() / DIRECTORIES[source]
+    tags = sorted(p.name for p in root.glob("*") if p.is_dir() and steps(p))
+    train = f"python -m scripts.{TRAINED_BY[source]}"
+    if not tags:
+        raise InputError(f"no {source} checkpoint in {root}; train one: {train}")
+    if tag is None:
+        by_depth = [(int(m[1]), t) for t in tags if (m := re.match(r"d(\d+)", t))]
+        tag = max(by_depth)[1] if by_depth else max(tags, key=lambda t: (root / t).stat().st_mtime)
+    if tag not in tags:
+        raise InputError(f"no {source} checkpoint with tag {tag!r} in {root}; there are: {', '.join(tags)}")
+    have = steps(root / tag)
+    if step is not None and step not in have:
+        listed = ", ".join(map(str, have))
+        raise InputError(f"no step {step} of {source} checkpoint {tag!r}; there are: {listed}")
+    return root / tag / f"step_{have[-1] if step is None else step:06d}"
+
+
+def build_model(config: GPTConfig, rt: Runtime) -> GPT:
+    """A freshly initialised model on the device."""
+    model = GPT(config)
+    model.init_weights()
+    return model.prepare(rt.device, rt.dtype)
+
+
+def load_model(
+    source: str, rt: Runtime, tag: str | None = None, step: int | None = None
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """(model, its tokenizer, the checkpoint's manifest with "path" and "tag" added).
+
+    Raises:
+        InputError: no such checkpoint, a damaged one, or one trained with another tokenizer.
+    """
+    path = find(source, tag, step)
+    checkpoint = load(path)
+    meta = {**checkpoint.meta, "path": str(path), "tag": path.parent.name}
+    tokenizer = get_tokenizer()
+    config = GPTConfig(**meta["model_config"])
+    trained_with = meta.get("tokenizer", tokenizer.fingerprint)
+    if trained_with != tokenizer.fingerprint or tokenizer.get_vocab_size() > config.vocab_size:
+        raise InputError(
+            f"checkpoint {path} was trained with another tokenizer than the one in {base_dir() / 'tokenizer'}; "
+            "put that one back, or train the stage again"
+        )
+    with torch.device("meta"):
+        model = GPT(config)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(checkpoint.model)
+    model.fill_buffers()
+    return model.prepare(rt.device, rt.dtype), tokenizer, meta
