@@ -1,7 +1,7 @@
 """The CORE evaluation bundle: which tasks, with which shots, delimiters, data and random baselines.
 
-A bundle is a folder or a .zip with core.yaml, eval_meta_data.csv and eval_data/*.jsonl. The 22 CORE tasks are the
-"low variance" list of DCLM (Li et al. 2024, "DataComp-LM", appendix G) with its first table of baselines.
+A bundle is a folder or a .zip with core.yaml, eval_meta_data.csv and eval_data/*.jsonl. The 22 CORE tasks are
+the "low variance" list of DCLM (Li et al. 2024, arXiv 2406.11794) with its first table of baselines.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def read_bundle(path: str | Path, name: str | None = None) -> Bundle:
 
 
 def open_bundle(path: str | None = None, dataset: str | None = None) -> Bundle:
-    """The bundle to evaluate with: the one at `path`; for a model of the tinyworld data set tinyworld's own; else
-    <base>/eval_bundle, the hub folder's, or the published one, downloaded.
+    """The bundle to evaluate with: the one at `path`; for a model of the tinyworld data set tinyworld's own;
+    else <base>/eval_bundle, the hub folder's, or the published one, downloaded.
 
     Args:
         path: a folder, a zip file, or "tinyworld".
@@ -163,8 +163,8 @@ def open_bundle(path: str | None = None, dataset: str | None = None) -> Bundle:
 
 
 def download_bundle(directory: Path, url: str = BUNDLE_URL) -> Path:
-    """Fetch and unpack the published bundle. The folder appears whole (every file's checksum is verified) or not
-    at all; ranks wait for the first."""
+    """Fetch and unpack the published bundle: the folder appears whole, every file's CRC verified, or not at
+    all. The other ranks wait for the first."""
     import requests
 
     with FileLock(directory.with_name(directory.name + ".lock")):

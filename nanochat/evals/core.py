@@ -1,7 +1,7 @@
 """CORE: the mean over in-context tasks of accuracy centered on guessing (Li et al. 2024, "DataComp-LM").
 
-A prompt is scored in one forward pass. Multiple choice and schema items take the option whose tokens have the lowest
-mean loss; a language modeling item counts when the greedy choice equals every token of the continuation.
+Multiple choice and schema items take the option whose tokens have the lowest mean loss; a language modeling
+item counts when the greedy choice equals every token of the continuation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nanochat.runtime import Runtime, all_reduce, print0
 # logits of one batch, in elements: 1 GiB of fp32 on a GPU, 128 MiB elsewhere
 MAX_LOGITS = {"cuda": 2**28}
 MAX_LOGITS_ELSEWHERE = 2**25
-ROTARY_FACTOR = 10  # the model's position table is this many times its training length
+EXAMPLES_AT_ONCE = 256  # tokenized and sorted by length together; all of a task would fill the memory
 
 Item = dict[str, Any]
 
@@ -127,15 +127,15 @@ def crop_left(prompt: Prompt, limit: int) -> Prompt:
 
 
 def fewshot_indices(index: int, num_fewshot: int, num_examples: int, num_items: int) -> list[int]:
-    """Which items stand before item `index`: drawn from the evaluated examples, as upstream does; where these are
-    too few, from the whole data set."""
+    """Which items stand before item `index`: drawn from the evaluated examples, so that figures compare with
+    published ones; where these are too few, from the whole data set."""
     pool = num_examples if num_examples > num_fewshot else num_items
     others = [i for i in range(pool) if i != index]
     return random.Random(1234 + index).sample(others, min(num_fewshot, len(others)))
 
 
 def batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
-    """Indices grouped by similar length: at most max_rows rows and, padded, max_tokens tokens (but one row always)."""
+    """Indices grouped by similar length: at most max_rows rows and, padded, max_tokens tokens, but always one."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
         if batch and (len(batch) == max_rows or (len(batch) + 1) * lengths[batch[0]] > max_tokens):
@@ -152,9 +152,7 @@ def score_prompts(
 ) -> list[tuple[float, bool]]:
     """(mean loss in nats of the scored tokens, is each the greedy choice) of every prompt, in one batch."""
     T = max(len(p.ids) for p in prompts)
-    rows = [
-        p.ids + [pad] * (T - len(p.ids)) for p in prompts
-    ]  # right: causal, so padding changes nothing before it
+    rows = [p.ids + [pad] * (T - len(p.ids)) for p in prompts]  # at the end: causal
     idx = torch.tensor(rows, dtype=torch.long, device=device)  # (B, T)
     logits = model(idx)  # (B, T, V)
     scores = []
@@ -176,35 +174,56 @@ def is_correct(kind: str, scores: Sequence[tuple[float, bool]], gold: int | None
 
 
 def max_context(model: Any) -> int:
-    return getattr(model, "max_context", None) or ROTARY_FACTOR * model.config.sequence_len
+    """The longest prompt that the model takes, in tokens."""
+    return getattr(model, "max_context", None) or model.config.max_positions
 
 
-def evaluate_task(
-    model: Any, tokenizer: Any, rt: Runtime, task: CoreTask, max_examples: int | None, device_batch_size: int
-) -> TaskScore:
+@dataclass(frozen=True)
+class Scorer:
+    """What scores prompts: a model with its tokenizer and how much of a batch it takes."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    device_batch_size: int
+
+    def count_correct(self, task: CoreTask, examples: Sequence[tuple[Item, Sequence[Item]]]) -> int:
+        """How many of the (item, its shots) are answered right."""
+        bos, limit = self.tokenizer.get_bos_token_id(), max_context(self.model)
+        prompts: list[Prompt] = []
+        owners: list[int] = []  # which example each prompt is of
+        for n, (item, shots) in enumerate(examples):
+            sequences = self.tokenizer.encode(render_prompts(task, item, shots), prepend=bos)
+            spans = scored_spans(task.kind, sequences)
+            prompts += [crop_left(prompt, limit) for prompt in spans]
+            owners += [n] * len(spans)
+        max_logits = MAX_LOGITS.get(self.device.type, MAX_LOGITS_ELSEWHERE)
+        max_tokens = max_logits // self.tokenizer.get_vocab_size()
+        scores: list[Any] = [None] * len(prompts)
+        for batch in batches([len(p.ids) for p in prompts], self.device_batch_size, max_tokens):
+            scored = score_prompts(self.model, [prompts[i] for i in batch], bos, self.device)
+            for i, score in zip(batch, scored, strict=True):
+                scores[i] = score
+        by_example: list[list[tuple[float, bool]]] = [[] for _ in examples]
+        for owner, score in zip(owners, scores, strict=True):
+            by_example[owner].append(score)
+        pairs = zip(by_example, examples, strict=True)
+        return sum(is_correct(task.kind, of_one, item.get("gold")) for of_one, (item, _) in pairs)
+
+
+def evaluate_task(scorer: Scorer, rt: Runtime, task: CoreTask, max_examples: int | None) -> TaskScore:
     """Score the first `max_examples` items of the shuffled data, shared out over the ranks."""
     items = task.read()
     random.Random(1337).shuffle(items)
     num_examples = min(len(items), max_examples or len(items))
-    bos, limit = tokenizer.get_bos_token_id(), max_context(model)
-    prompts: list[Prompt] = []
-    owners: list[int] = []  # which example each prompt is of
-    for index in range(rt.rank, num_examples, rt.world_size):
-        shots = [items[i] for i in fewshot_indices(index, task.num_fewshot, num_examples, len(items))]
-        sequences = tokenizer.encode(render_prompts(task, items[index], shots), prepend=bos)
-        for prompt in scored_spans(task.kind, sequences):
-            prompts.append(crop_left(prompt, limit))
-            owners.append(index)
-    max_logits = MAX_LOGITS.get(rt.device.type, MAX_LOGITS_ELSEWHERE)
-    max_tokens = max_logits // tokenizer.get_vocab_size()
-    scores: dict[int, tuple[float, bool]] = {}
-    for batch in batches([len(p.ids) for p in prompts], device_batch_size, max_tokens):
-        scored = score_prompts(model, [prompts[i] for i in batch], bos, rt.device)
-        scores.update(zip(batch, scored, strict=True))
-    by_example: dict[int, list[tuple[float, bool]]] = {}
-    for i, owner in enumerate(owners):
-        by_example.setdefault(owner, []).append(scores[i])
-    correct = sum(is_correct(task.kind, s, items[index].get("gold")) for index, s in by_example.items())
+    mine = range(rt.rank, num_examples, rt.world_size)
+    correct = 0
+    for first in range(0, len(mine), EXAMPLES_AT_ONCE):
+        examples = []
+        for index in mine[first : first + EXAMPLES_AT_ONCE]:
+            shots = fewshot_indices(index, task.num_fewshot, num_examples, len(items))
+            examples.append((items[index], [items[i] for i in shots]))
+        correct += scorer.count_correct(task, examples)
     total = all_reduce(torch.tensor([correct], dtype=torch.long, device=rt.device))
     return TaskScore(task.label, int(total.item()), num_examples, task.baseline)
 
@@ -220,15 +239,16 @@ def evaluate_core(
     """Evaluate every task of the bundle, one console line each.
 
     Args:
-        model: idx (B, T) -> logits (B, T, V), not compiled (each batch has another shape). Its `max_context` if it
-            has one, else ten times config.sequence_len, is the longest prompt; longer ones lose their beginning.
+        model: idx (B, T) -> logits (B, T, V), not compiled (each batch has another shape). Its `max_context` if
+            it has one, else config.max_positions, is the longest prompt; longer ones lose their beginning.
         max_per_task: examples a task; None = all.
         device_batch_size: prompts a forward pass, at most.
     """
+    scorer = Scorer(model, tokenizer, rt.device, device_batch_size)
     scores = []
     for task in bundle.tasks:
         t0 = time.perf_counter()
-        score = evaluate_task(model, tokenizer, rt, task, max_per_task, device_batch_size)
+        score = evaluate_task(scorer, rt, task, max_per_task)
         scores.append(score)
         print0(
             f"{task.label} ({task.num_fewshot}-shot, {task.kind}) | accuracy: {score.accuracy:.4f} | "
