@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import cached_attention, causal_attention
 from nanochat.config import InputError
@@ -21,6 +22,7 @@ from nanochat.config import InputError
 ARCHS = ("plain",)
 LOGIT_CAP = 15.0
 ROPE_BASE = 10_000.0
+LOGITS_AT_ONCE = 1 << 28  # 1 GiB of fp32; beyond it the loss is computed in chunks
 ROPE_SPAN = 10  # rotary tables reach this many times sequence_len
 
 
@@ -243,10 +245,28 @@ class GPT(nn.Module):
         x = self.features(idx, cache)
         if targets is None:
             return self.logits(x)
-        logits = self.logits(x)
-        return F.cross_entropy(
-            logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1, reduction=reduction
-        )
+        x, targets = x.view(-1, x.size(-1)), targets.reshape(-1)
+        if x.size(0) * self.config.vocab_size <= LOGITS_AT_ONCE:
+            return self.loss(x, targets, reduction)
+        return self._chunked_loss(x, targets, reduction)
+
+    def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy of (N, C) features against (N,) targets, in fp32."""
+        return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction=reduction)
+
+    def _chunked_loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """The same loss without ever holding all logits: chunks of rows, whose logits are computed again in the
+        backward pass. 32 x 2,048 positions of a 65,536 vocabulary would be 17 GB of fp32 logits at once."""
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        inner = "none" if reduction == "none" else "sum"
+        losses = [
+            checkpoint(self.loss, x_chunk, t_chunk, inner, use_reentrant=False)
+            for x_chunk, t_chunk in zip(x.split(rows), targets.split(rows), strict=True)
+        ]
+        if reduction == "none":
+            return torch.cat(losses)
+        total = torch.stack(losses).sum()
+        return total / (targets != -1).sum() if reduction == "mean" else total
 
     def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, C), the normalised residual stream that the head reads."""

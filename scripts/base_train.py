@@ -1,0 +1,292 @@
+"""Pretrain the base model.
+
+    python -m scripts.base_train --depth=4 --dataset=tinyworld              # one CPU
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth=20   # one node
+    python -m scripts.base_train --plan --depth=20 --vocab_size=65536       # sizes, time and cost only
+
+Reads tokenizer/ and the data set; writes base_checkpoints/<tag>/.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat import checkpoint, runtime, scaling
+from nanochat.config import InputError, flag, report_config, run_cli
+from nanochat.data.loader import PackingLoader
+from nanochat.data.sources import open_source
+from nanochat.evals.bpb import evaluate_bpb
+from nanochat.evals.bundle import open_bundle
+from nanochat.evals.core import evaluate_core
+from nanochat.evals.samples import sample_texts
+from nanochat.gpt import ARCHS, GPTConfig
+from nanochat.optim import build_optimizer
+from nanochat.plan import plan_lines
+from nanochat.report import get_report
+from nanochat.runtime import print0
+from nanochat.tokenizer import get_tokenizer
+from nanochat.tracking import DUMMY, Tracker
+from nanochat.trainer import LoopState, Trainer, muon_dtype, restore, resume_path
+
+
+@dataclass(frozen=True)
+class BaseTrainConfig:
+    run: str = flag(DUMMY, "wandb run name; dummy = no wandb")
+    device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="")
+    depth: int = flag(20, "transformer layers; width, heads and horizon follow from it")
+    max_seq_len: int = flag(2048, "context length in tokens")
+    num_iterations: int | None = flag(None, "optimizer steps; -1 = from the flags below", off=-1)
+    target_flops: float | None = flag(None, "train for this many FLOPs; -1 = off", off=-1.0)
+    target_param_data_ratio: float | None = flag(20, "train on this many tokens per parameter; -1 = off", off=-1)
+    device_batch_size: int = flag(32, "rows a forward pass and rank")
+    total_batch_size: int = flag(524288, "tokens per optimizer step over all ranks")
+    embedding_lr: float = flag(0.2, "AdamW learning rate of the token embedding, at width 768")
+    unembedding_lr: float = flag(0.004, "AdamW learning rate of the output head, at width 768")
+    weight_decay: float = flag(0.0, "of AdamW")
+    matrix_lr: float = flag(0.02, "Muon learning rate of the matrices")
+    grad_clip: float | None = flag(1.0, "largest gradient norm; 0 = no clipping", off=0.0)
+    eval_every: int | None = flag(250, "steps between validations; -1 = never", off=-1)
+    eval_tokens: int = flag(20 * 524288, "tokens of a validation")
+    core_metric_every: int | None = flag(2000, "steps between CORE estimates; -1 = never", off=-1)
+    core_metric_max_per_task: int | None = flag(500, "examples of each CORE task; -1 = all", off=-1)
+    sample_every: int | None = flag(2000, "steps between sample completions; -1 = never", off=-1)
+    model_tag: str | None = flag(None, "name of the checkpoint directory; empty = d<depth>", off="")
+    warmup_ratio: float = flag(0.0, "part of the steps that the learning rate rises over", new=True)
+    warmdown_ratio: float = flag(0.2, "part of the steps that it falls over", new=True)
+    final_lr_frac: float = flag(0.0, "where it ends", new=True)
+    dataset: str = flag("climbmix", "climbmix, fineweb-edu, tinyworld, or a folder of text", new=True)
+    arch: str = flag("plain", "the model's architecture", choices=ARCHS, new=True)
+    aspect_ratio: int = flag(scaling.ASPECT_RATIO, "width per layer", new=True)
+    head_dim: int = flag(scaling.HEAD_DIM, "size of an attention head", new=True)
+    save_every: int | None = flag(None, "steps between checkpoints; -1 = only the last", off=-1, new=True)
+    resume: str = flag("none", "go on from a checkpoint: none, auto or a step", new=True)
+    compile: bool | None = flag(None, "torch.compile; default: on a GPU", off="None", new=True)
+    seed: int = flag(42, "of the initial weights", new=True)
+    bundle: str | None = flag(None, "CORE bundle: a folder or .zip", off="None", new=True)
+    vocab_size: int | None = flag(None, "for --plan without a tokenizer", off="None", new=True)
+    plan: bool = flag(False, "print sizes, time and cost, and train nothing", new=True)
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "max_seq_len", "device_batch_size", "total_batch_size", "eval_tokens", "head_dim"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.vocab_size is not None and not self.plan:
+            raise InputError("--vocab_size goes with --plan only; the tokenizer decides it: scripts.tok_train")
+        for name in ("eval_every", "core_metric_every", "sample_every", "save_every"):
+            if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1, or -1 for never")
+
+    @property
+    def tag(self) -> str:
+        return self.model_tag or f"d{self.depth}"
+
+
+def shape_of(cfg: BaseTrainConfig, vocab_size: int) -> scaling.Shape:
+    return scaling.shape_from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, cfg.head_dim)
+
+
+def horizon(cfg: BaseTrainConfig, shape: scaling.Shape) -> int:
+    steps, rule = scaling.num_iterations(
+        shape, cfg.total_batch_size, cfg.num_iterations, cfg.target_flops, cfg.target_param_data_ratio
+    )
+    if rule == "num_iterations":
+        print0(f"Using user-provided number of iterations: {steps:,}")
+    else:
+        print0(f"Calculated number of iterations from {rule}: {steps:,}")
+    return steps
+
+
+def build(cfg: BaseTrainConfig, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
+    """The trainer, and the outcome lines that are known before training."""
+    tokenizer = get_tokenizer()
+    shape = shape_of(cfg, tokenizer.get_vocab_size())
+    steps = horizon(cfg, shape)
+    accum = scaling.grad_accum_steps(cfg.total_batch_size, cfg.device_batch_size, cfg.max_seq_len, rt.world_size)
+    config = GPTConfig(
+        cfg.max_seq_len, shape.vocab_size, shape.n_layer, shape.n_head, shape.n_kv_head, shape.n_embd, cfg.arch
+    )
+    source = open_source(cfg.dataset)
+    model = checkpoint.build_model(config, rt)
+    optimizer = build_optimizer(
+        model,
+        unembedding_lr=cfg.unembedding_lr,
+        embedding_lr=cfg.embedding_lr,
+        matrix_lr=cfg.matrix_lr,
+        weight_decay=cfg.weight_decay,
+        muon_dtype=muon_dtype(rt),
+    )
+    directory = checkpoint.tag_directory("base", cfg.tag)
+    saved = resume_path(directory, cfg.resume)
+    state, cursor = restore(saved, model, optimizer) if saved else (LoopState(), None)
+    loader = PackingLoader(
+        source,
+        "train",
+        tokenizer,
+        batch_size=cfg.device_batch_size,
+        sequence_len=cfg.max_seq_len,
+        rank=rt.rank,
+        world_size=rt.world_size,
+        device=rt.device,
+        cursor=cursor,
+    )
+    user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
+
+    def schedule(state: LoopState) -> tuple[float, float]:
+        lrm = scaling.lr_multiplier(
+            state.step / steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac, 1 / steps
+        )
+        return lrm, scaling.muon_momentum(state.step)
+
+    trainer = Trainer(
+        rt=rt,
+        stage="base",
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        tracker=Tracker("base", cfg.run, rt, user_config),
+        directory=directory,
+        meta={
+            "model_config": config.to_dict(),
+            "user_config": user_config,
+            "device_batch_size": cfg.device_batch_size,
+            "max_seq_len": cfg.max_seq_len,
+            "tokenizer": tokenizer.fingerprint,
+            "data": source.fingerprint(),
+        },
+        tokens_per_step=cfg.total_batch_size,
+        schedule=schedule,
+        grad_accum_steps=accum,
+        num_iterations=steps,
+        grad_clip=cfg.grad_clip,
+        flops_per_token=shape.flops_per_token,
+        compile=cfg.compile,
+        state=state,
+    )
+    tokens = cfg.total_batch_size * steps
+    facts = {
+        "Number of parameters": shape.num_params,
+        "Number of FLOPs per token": f"{shape.flops_per_token:e}",
+        "Calculated number of iterations": steps,
+        "Number of training tokens": tokens,
+        "Tokens : Params ratio": tokens / shape.num_params,
+        "DDP world size": rt.world_size,
+        "warmup_ratio": cfg.warmup_ratio,
+        "warmdown_ratio": cfg.warmdown_ratio,
+        "final_lr_frac": cfg.final_lr_frac,
+    }
+    print_sizes(shape, facts, accum, cfg)
+    return trainer, facts
+
+
+def print_sizes(shape: scaling.Shape, facts: dict[str, Any], accum: int, cfg: BaseTrainConfig) -> None:
+    per_rank = cfg.device_batch_size * cfg.max_seq_len
+    print0(f"Vocab size: {shape.vocab_size:,}")
+    print0(f"num_layers: {shape.n_layer}\nmodel_dim: {shape.n_embd}")
+    print0(f"num_heads: {shape.n_head}\nnum_kv_heads: {shape.n_kv_head}")
+    print0(f"Tokens / micro-batch / rank: {cfg.device_batch_size} x {cfg.max_seq_len} = {per_rank:,}")
+    print0(f"Total batch size {cfg.total_batch_size:,} => gradient accumulation steps: {accum}")
+    print0(f"Number of parameters: {shape.num_params:,}")
+    print0(f"Estimated FLOPs per token: {shape.flops_per_token:e}")
+    print0(f"Total number of training tokens: {facts['Number of training tokens']:,}")
+    print0(f"Tokens : Params ratio: {facts['Tokens : Params ratio']:.2f}")
+    total = shape.flops_per_token * facts["Number of training tokens"]
+    print0(f"Total training FLOPs estimate: {total:e}")
+
+
+def hooks_of(cfg: BaseTrainConfig, trainer: Trainer, results: dict[str, Any]) -> list[Any]:
+    """Save, then validate, then estimate CORE, then sample; all but validation leave step 0 out."""
+    rt, model, tokenizer = trainer.rt, trainer.model, get_tokenizer()
+    source = open_source(cfg.dataset)
+    token_bytes = tokenizer.token_bytes().to(rt.device)
+    eval_steps = max(1, cfg.eval_tokens // (cfg.device_batch_size * cfg.max_seq_len * rt.world_size))
+    bundle = open_bundle(cfg.bundle, cfg.dataset) if cfg.core_metric_every is not None else None
+
+    def validate(state: LoopState) -> None:
+        model.eval()
+        loader = PackingLoader(
+            source,
+            "val",
+            tokenizer,
+            batch_size=cfg.device_batch_size,
+            sequence_len=cfg.max_seq_len,
+            rank=rt.rank,
+            world_size=rt.world_size,
+            device=rt.device,
+        )
+        bpb = evaluate_bpb(model, itertools.islice(loader, eval_steps), token_bytes)
+        loader.close()
+        state.record_val_bpb(bpb)
+        print0(f"Step {state.step:05d} | Validation bpb: {bpb:.4f}")
+        trainer.tracker.log(state.step, val_bpb=bpb)
+
+    def core(state: LoopState) -> None:
+        if state.step and bundle is not None:
+            model.eval()
+            result = evaluate_core(model, tokenizer, rt, bundle, cfg.core_metric_max_per_task)
+            name = bundle.metric_name.replace("CORE metric", "CORE metric estimate")
+            results[name] = result.core_metric
+            print0(f"Step {state.step:05d} | {name}: {result.core_metric:.4f}")
+            trainer.tracker.log(state.step, core_metric=result.core_metric)
+
+    def sample(state: LoopState) -> None:
+        if state.step and rt.is_master:
+            model.eval()
+            for text in sample_texts(model, tokenizer):
+                print0(text)
+
+    def save(state: LoopState) -> None:
+        if state.step:
+            trainer.save(state)
+
+    return [
+        (cfg.save_every or 10**9, save),  # "only the last" is a period that is never reached
+        (cfg.eval_every, validate),
+        (cfg.core_metric_every, core),
+        (cfg.sample_every, sample),
+    ]
+
+
+def run(cfg: BaseTrainConfig) -> LoopState | None:
+    if cfg.plan:
+        vocab_size = cfg.vocab_size or get_tokenizer().get_vocab_size()
+        shape = shape_of(cfg, vocab_size)
+        steps, _ = scaling.num_iterations(
+            shape, cfg.total_batch_size, cfg.num_iterations, cfg.target_flops, cfg.target_param_data_ratio
+        )
+        print("\n".join(plan_lines(shape, steps, cfg.total_batch_size, cfg.device_batch_size)))
+        return None
+    rt = runtime.start(cfg.device_type, cfg.seed)
+    trainer, facts = build(cfg, rt)
+    results: dict[str, Any] = {}
+    state = trainer.run(hooks_of(cfg, trainer, results))
+    flops = facts["Number of training tokens"] * trainer.flops_per_token
+    peak = runtime.peak_memory_mib(rt.device)
+    print0(f"Peak memory usage: {peak:.2f}MiB\nTotal training time: {state.train_seconds / 60:.2f}m")
+    old, new = report_config(cfg)
+    for key in (*(k for k in facts if k in new), "plan", "vocab_size"):
+        new.pop(key, None)
+    outcome = {
+        "Minimum validation bpb": state.min_val_bpb,
+        "Final validation bpb": state.val_bpb,
+        "CORE metric estimate": results.pop("CORE metric estimate", None),
+        "MFU %": f"{trainer.mfu:.2f}%",
+        "Total training flops": f"{flops:e}",
+        "Total training time": f"{state.train_seconds / 60:.2f}m",
+        "Peak memory usage": f"{peak:.2f}MiB",
+    }
+    data = {"Device": str(rt.device), "Compute dtype": str(rt.dtype).removeprefix("torch.")}
+    get_report().log("Base model training", [old, facts, outcome, new, results, data])
+    trainer.tracker.finish()
+    runtime.stop()
+    return state
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_cli(BaseTrainConfig, run, argv, about=__doc__)
+
+
+if __name__ == "__main__":
+    main()
