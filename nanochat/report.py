@@ -271,7 +271,7 @@ class Report:
         ours = (self.report_dir / "run.json").exists() or not header_path.exists()
         text = header + "".join(section + "\n" for section in sections.values())
         text += format_summary(header, sections, ours)
-        plots = self._draw_plots()
+        plots = self._draw_plots(sections)
         path = self.report_dir / "report.md"
         write_atomically(path, text + format_plots(plots, "plots"))
         if self.copy_to is not None and self.copy_to.resolve() != path.resolve():
@@ -279,12 +279,13 @@ class Report:
             self._copy_plots(plots)
         return path
 
-    def _draw_plots(self) -> list[Path]:
+    def _draw_plots(self, sections: Mapping[str, str]) -> list[Path]:
         if not any((self.report_dir / "curves").glob("*.jsonl")):
             return []
         from nanochat.plots import draw_all  # matplotlib is slow to import
 
-        return draw_all(self.report_dir / "curves", self.report_dir / "plots")
+        scores = summary_rows(sections, ours=True)
+        return draw_all(self.report_dir / "curves", scores, self.report_dir / "plots")
 
     def _copy_plots(self, plots: Sequence[Path]) -> None:
         assert self.copy_to is not None

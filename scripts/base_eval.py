@@ -3,8 +3,8 @@
     python -m scripts.base_eval --max-per-task=16                    # a first look on one machine
     torchrun --nproc_per_node=8 -m scripts.base_eval                 # all examples
 
-Reads base_checkpoints/<tag>/ and an evaluation bundle (a model trained on tinyworld gets tinyworld's own, and its
-score is never called CORE); writes base_eval/<model>.csv.
+Reads base_checkpoints/<tag>/ and an evaluation bundle; writes base_eval/<model>.csv. A model trained on
+tinyworld gets tinyworld's own bundle, and its score is never called CORE.
 """
 
 from __future__ import annotations

@@ -17,20 +17,9 @@ from nanochat import checkpoint, runtime
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.loader import PackingLoader
 from nanochat.data.sources import Source, open_source
-from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_bpb
+from nanochat.evals.samples import sample_texts
 from nanochat.report import get_report
-
-SAMPLE_PROMPTS = (
-    "The capital of France is",
-    "The chemical symbol of gold is",
-    "If yesterday was Friday, then tomorrow will be",
-    "The opposite of hot is",
-    "The planets of the solar system are:",
-    "My favorite color is",
-    "If 5*x + 3 = 13, then x is",
-)
-SAMPLE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -78,18 +67,9 @@ def split_bpb(
         device=rt.device,
     )
     n = num_batches(cfg.split_tokens, cfg.device_batch_size, T, rt.world_size)
-    return evaluate_bpb(model, itertools.islice(loader, n), tokenizer.token_bytes().to(rt.device))
-
-
-def sample_texts(model: Any, tokenizer: Any) -> list[str]:
-    """Greedy completions of the seven prompts, with prompt and special tokens."""
-    engine, bos = Engine(model, tokenizer), tokenizer.get_bos_token_id()
-    texts = []
-    for prompt in SAMPLE_PROMPTS:
-        ids = tokenizer.encode(prompt, prepend=bos)
-        sequences, _ = engine.generate_batch(ids, num_samples=1, max_tokens=SAMPLE_TOKENS, temperature=0.0)
-        texts.append(tokenizer.decode(sequences[0]))
-    return texts
+    bpb = evaluate_bpb(model, itertools.islice(loader, n), tokenizer.token_bytes().to(rt.device))
+    loader.close()
+    return bpb
 
 
 def run(cfg: BaseLossConfig) -> dict[str, Any]:

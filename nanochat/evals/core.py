@@ -135,7 +135,7 @@ def fewshot_indices(index: int, num_fewshot: int, num_examples: int, num_items: 
 
 
 def batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
-    """Indices grouped by similar length: at most max_rows rows and, padded, max_tokens tokens, but always one."""
+    """Indices in groups of similar length: up to max_rows rows and, padded, max_tokens tokens; always one."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
         if batch and (len(batch) == max_rows or (len(batch) + 1) * lengths[batch[0]] > max_tokens):
@@ -239,8 +239,8 @@ def evaluate_core(
     """Evaluate every task of the bundle, one console line each.
 
     Args:
-        model: idx (B, T) -> logits (B, T, V), not compiled (each batch has another shape). Its `max_context` if
-            it has one, else config.max_positions, is the longest prompt; longer ones lose their beginning.
+        model: idx (B, T) -> logits (B, T, V), not compiled (each batch has another shape). Its `max_context`
+            if it has one, else config.max_positions, is the longest prompt; longer ones lose their beginning.
         max_per_task: examples a task; None = all.
         device_batch_size: prompts a forward pass, at most.
     """
