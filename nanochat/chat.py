@@ -85,7 +85,7 @@ def _brief(value: Any) -> str:
 
 
 def _turns(conversation: Conversation) -> list[Mapping[str, Any]]:
-    """The messages with a leading system message put in front of the user's words; the input is left alone."""
+    """The messages, a leading system message put in front of the user's words; the input is left alone."""
     messages = list(conversation["messages"])
     if messages[0]["role"] == "system":
         system, user, *rest = messages
@@ -98,7 +98,7 @@ def render_conversation(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation and, for each, 1 where the assistant is to learn it.
 
-    Learned: what the assistant writes, its tool calls and its closing token. Not learned: everything a user, a
+    Learned: what the assistant writes, its tool calls and its closing token. Not learned: all that a user, a
     tool or the frame supplies. Both lists are cut to `max_tokens`, which may cost the closing token. No white
     space is added anywhere, and special-token strings inside texts stay plain text.
 
@@ -143,7 +143,7 @@ def render_for_completion(
     *prompt, last = conversation["messages"]
     if last["role"] != "assistant":
         raise InputError(
-            f"the last message must be the assistant's to be completed, got role {last['role']!r}"
+            f"the last message must be the assistant's, which is left out, not {last['role']!r}'s"
         )
     ids, _ = render_conversation(tokenizer, {"messages": prompt}, max_tokens)
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]

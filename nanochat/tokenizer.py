@@ -12,13 +12,14 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
-import rustbpe
 import tiktoken
 import torch
 
+import rustbpe
 from nanochat import chat
 from nanochat.config import InputError
 from nanochat.runtime import base_dir
@@ -51,13 +52,14 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 FILE_NAME = "nanochat_tokenizer.json"
 FILE_FORMAT = "nanochat-tokenizer-1"
 
-# The regex engine below tiktoken overflows its stack on about a million white-space characters in a row, so
-# longer texts are cut inside such runs.
-_LONG_SPACE = re.compile(r"\s{100000}")
+# The regex engine below tiktoken overflows its stack on about a million white-space characters in a row, so a
+# text is cut inside such runs. Looking for 100 in a row first keeps the search linear.
+MAX_SPACE = 100_000
+_SPACE_RUN = re.compile(r"\s{100,}")
 
 
 class Tokenizer:
-    """Text to ids and back. `metadata` is a JSON-able note that travels in the file (what it was trained on)."""
+    """Text to ids and back. `metadata` is a JSON-able note in the file: what the tokenizer was trained on."""
 
     def __init__(
         self, encoding: tiktoken.Encoding, bos_token: str, metadata: Mapping[str, Any] | None = None
@@ -103,7 +105,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, name: str) -> Tokenizer:
-        """One of tiktoken's own ("gpt2", "cl100k_base", ...); its only special token in use is the end of text.
+        """One of tiktoken's own ("gpt2", "cl100k_base", ...); its documents start with the end-of-text token.
 
         Raises:
             InputError: unknown, or its vocabulary is neither cached nor to be fetched.
@@ -205,44 +207,35 @@ class Tokenizer:
     @overload
     def encode(
         self,
-        text: Sequence[str],
+        text: list[str],
         prepend: int | str | None = None,
         append: int | str | None = None,
         num_threads: int = 8,
     ) -> list[list[int]]: ...
     def encode(
         self,
-        text: str | Sequence[str],
+        text: str | list[str],
         prepend: int | str | None = None,
         append: int | str | None = None,
         num_threads: int = 8,
     ) -> list[int] | list[list[int]]:
         """Ids of one text, or of each of many on several threads.
 
-        Special-token strings inside a text are plain text. `prepend` and `append` add one token to each text, by
-        id or by the name of a special token.
+        Special-token strings inside a text are plain text. `prepend` and `append` add one token to each text,
+        by id or by the name of a special token.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        before, after = self._extra(prepend), self._extra(append)
-        if len(texts) > 1:
-            pieces = [piece for t in texts for piece in _pieces(t)]
-            if len(pieces) == len(texts):
-                rows = self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)
-            else:
-                rows = [self._encode_one(t) for t in texts]
+        pieces = [_pieces(t) for t in texts]
+        if all(len(p) == 1 for p in pieces) and len(texts) > 1:
+            rows = self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)
         else:
-            rows = [self._encode_one(t) for t in texts]
+            rows = [[i for piece in p for i in self.encoding.encode_ordinary(piece)] for p in pieces]
+        before, after = self._extra(prepend), self._extra(append)
         if before or after:
             rows = [[*before, *row, *after] for row in rows]
         return rows[0] if isinstance(text, str) else rows
 
     __call__ = encode
-
-    def _encode_one(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece in _pieces(text):
-            ids += self.encoding.encode_ordinary(piece)
-        return ids
 
     def _extra(self, token: int | str | None) -> list[int]:
         if token is None:
@@ -295,11 +288,13 @@ def get_tokenizer(directory: str | Path | None = None) -> Tokenizer:
 
 
 def _pieces(text: str) -> list[str]:
-    """`text`, cut inside white-space runs of 100,000 characters."""
-    if len(text) <= 100_000:
+    """`text`, cut every MAX_SPACE characters inside runs of white space."""
+    if len(text) <= MAX_SPACE:
         return [text]
-    cuts = [0, *(m.end() for m in _LONG_SPACE.finditer(text)), len(text)]
-    return [text[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
+    cuts = [0]
+    for run in _SPACE_RUN.finditer(text):
+        cuts += range(run.start() + MAX_SPACE, run.end(), MAX_SPACE)
+    return [text[a:b] for a, b in pairwise([*cuts, len(text)])]
 
 
 def _digest(record: Mapping[str, Any]) -> str:
