@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import cached_attention, causal_attention
 from nanochat.config import InputError
+from nanochat.scaling import Shape
 
 ARCHS = ("plain",)
 LOGIT_CAP = 15.0
@@ -55,6 +56,13 @@ class GPTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes as scaling.py counts them."""
+        return Shape(
+            self.n_layer, self.n_embd, self.n_head, self.n_kv_head, self.vocab_size, self.sequence_len
+        )
 
 
 class KVCache:
@@ -187,6 +195,13 @@ class GPT(nn.Module):
         cos, sin = rope_tables(self.config.max_positions, self.config.head_dim)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    def resize(self, config: GPTConfig) -> None:
+        """Take a config that differs in sequence_len only: other rotary tables, the same weights."""
+        assert {**config.to_dict(), "sequence_len": 0} == {**self.config.to_dict(), "sequence_len": 0}
+        self.config = config
+        self.fill_buffers()
+        self.prepare(self.device, self.compute_dtype)
 
     def prepare(self, device: Any, dtype: torch.dtype) -> GPT:
         """Move to the device and set the dtype of the activations; parameters stay fp32."""

@@ -137,7 +137,7 @@ def build(
         schedule=schedule,
         grad_accum_steps=accum,
         num_iterations=steps,
-        flops_per_token=mixtures.flops_per_token(model.config),
+        flops_per_token=model.config.shape.flops_per_token,
         state=state,
     )
 

@@ -1,0 +1,56 @@
+"""Batches of rendered conversations: padded ones for SFT, packed rows for midtraining. Both resume from a cursor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import Tokenizer
+
+
+class PaddedConversations:
+    """(inputs, targets), both (B, T) int64, with targets only where the assistant speaks (-1 elsewhere).
+
+    Conversations come in order, without end; each global batch of B conversations a rank is the next run of
+    them, so that order and steps do not depend on the number of ranks. Rows are cut after sequence_len + 1 tokens
+    and padded on the right to the longest of the batch.
+    """
+
+    def __init__(
+        self,
+        conversations: Sequence[Any] | Any,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        sequence_len: int,
+        rt: Runtime,
+        cursor: int | None = None,
+    ) -> None:
+        self.conversations, self.tokenizer = conversations, tokenizer
+        self.batch_size, self.sequence_len, self.rt = batch_size, sequence_len, rt
+        self.position = cursor or 0  # conversations taken so far by all ranks
+        self.pad = tokenizer.encode_special("<|assistant_end|>")
+
+    @property
+    def cursor(self) -> int:
+        return self.position
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            first = self.position + self.rt.rank * self.batch_size
+            self.position += self.batch_size * self.rt.world_size
+            rows = [self.conversations[i % len(self.conversations)] for i in range(first, first + self.batch_size)]
+            yield self._collate([self.tokenizer.render_conversation(c, self.sequence_len + 1) for c in rows])
+
+    def _collate(self, rendered: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+        width = max(2, *(len(ids) for ids, _ in rendered))
+        idx = torch.full((len(rendered), width), self.pad)
+        mask = torch.zeros(len(rendered), width, dtype=torch.int64)
+        for row, (ids, supervised) in enumerate(rendered):
+            idx[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = torch.tensor(supervised)
+        targets = idx[:, 1:].masked_fill(mask[:, 1:] == 0, -1)
+        return idx[:, :-1].to(self.rt.device), targets.to(self.rt.device)

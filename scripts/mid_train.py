@@ -1,0 +1,171 @@
+"""Midtraining: the base model learns conversations, tool use and multiple choice, loss on all tokens.
+
+    python -m scripts.mid_train --num_iterations=400
+    torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
+
+One pass over the mixture, or --num_iterations optimizer steps. Reads base_checkpoints/<tag>/; writes
+mid_checkpoints/<tag>/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat import checkpoint, runtime, scaling
+from nanochat.config import InputError, flag, report_config, run_cli
+from nanochat.data.conversations import PackedConversations
+from nanochat.evals.bpb import evaluate_bpb
+from nanochat.gpt import GPTConfig
+from nanochat.optim import build_optimizer
+from nanochat.report import get_report
+from nanochat.runtime import print0
+from nanochat.tracking import DUMMY, Tracker
+from nanochat.trainer import LoopState, Trainer, muon_dtype, restore, resume_path
+from tasks import mixtures
+from tasks.common import Task
+
+
+@dataclass(frozen=True)
+class MidTrainConfig:
+    run: str = flag(DUMMY, "wandb run name; dummy = no wandb")
+    device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="")
+    dtype: str | None = flag(None, "compute dtype; None = the device's", off="None", choices=tuple(runtime.DTYPES))
+    num_iterations: int | None = flag(None, "optimizer steps; -1 = one pass over the mixture", off=-1)
+    max_seq_len: int = flag(2048, "context length in tokens")
+    device_batch_size: int = flag(32, "rows a forward pass and rank")
+    unembedding_lr: float = flag(0.004, "AdamW learning rate of the output head, at width 768")
+    embedding_lr: float = flag(0.2, "AdamW learning rate of the token embedding, at width 768")
+    matrix_lr: float = flag(0.02, "Muon learning rate of the matrices")
+    init_lr_frac: float = flag(1.0, "all learning rates start at this part of theirs")
+    weight_decay: float = flag(0.0, "of AdamW")
+    eval_every: int | None = flag(150, "steps between validations; -1 = never", off=-1)
+    eval_tokens: int = flag(20 * 524288, "tokens of a validation")
+    total_batch_size: int = flag(524288, "tokens per optimizer step over all ranks")
+    dry_run: int = flag(0, "1 = write no checkpoint and no report")
+    mixture: str | None = flag(
+        None, "what to train on; None = what goes with the base model's data", off="None", choices=mixtures.NAMES, new=True
+    )
+    conversations: str | None = flag(None, "your own conversations, a .jsonl file", off="None", new=True)
+    model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
+    step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
+    save_every: int | None = flag(None, "steps between checkpoints; -1 = only the last", off=-1, new=True)
+    resume: str = flag("none", "go on from a checkpoint: none, auto or a step", new=True)
+    compile: bool | None = flag(None, "torch.compile; default: on a GPU", off="None", new=True)
+
+    def __post_init__(self) -> None:
+        for name in ("max_seq_len", "device_batch_size", "total_batch_size", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.num_iterations is not None and self.num_iterations < 1:
+            raise InputError(f"--num_iterations {self.num_iterations} must be at least 1, or -1 for one pass")
+
+
+def build(
+    cfg: MidTrainConfig, rt: runtime.Runtime, train: Task, model: Any, tokenizer: Any, meta: dict[str, Any]
+) -> Trainer:
+    accum = scaling.grad_accum_steps(cfg.total_batch_size, cfg.device_batch_size, cfg.max_seq_len, rt.world_size)
+    optimizer = build_optimizer(
+        model,
+        unembedding_lr=cfg.unembedding_lr,
+        embedding_lr=cfg.embedding_lr,
+        matrix_lr=cfg.matrix_lr,
+        weight_decay=cfg.weight_decay,
+        init_lr_frac=cfg.init_lr_frac,
+        muon_dtype=muon_dtype(rt),
+    )
+    directory = checkpoint.tag_directory("mid", meta["tag"])
+    saved = resume_path(directory, cfg.resume)
+    state, cursor = restore(saved, model, optimizer) if saved else (LoopState(), None)
+    steps = cfg.num_iterations
+    loader = PackedConversations(
+        train, tokenizer, cfg.device_batch_size, cfg.max_seq_len, rt, cursor=cursor, repeat=steps is not None
+    )
+    user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
+    user_config["dataset"] = meta["user_config"].get("dataset")
+
+    def schedule(state: LoopState) -> tuple[float, float]:
+        progress = loader.progress if steps is None else state.step / steps
+        return scaling.lr_multiplier(progress), scaling.muon_momentum(state.step)
+
+    kept = {k: meta[k] for k in ("tokenizer", "data") if k in meta}
+    return Trainer(
+        rt=rt,
+        stage="mid",
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        tracker=Tracker("mid", cfg.run, rt, user_config),
+        directory=directory,
+        meta={**kept, "model_config": model.config.to_dict(), "user_config": user_config},
+        tokens_per_step=cfg.total_batch_size,
+        schedule=schedule,
+        grad_accum_steps=accum,
+        num_iterations=steps,
+        flops_per_token=model.config.shape.flops_per_token,
+        compile=cfg.compile,
+        state=state,
+    )
+
+
+def run(cfg: MidTrainConfig) -> LoopState:
+    rt = runtime.start(cfg.device_type)
+    if cfg.dtype is not None:
+        rt = dataclasses.replace(rt, dtype=runtime.DTYPES[cfg.dtype])
+    model, tokenizer, meta = checkpoint.load_model("base", rt, cfg.model_tag, cfg.step)
+    rows = meta.get("device_batch_size")
+    if rows is not None and cfg.device_batch_size > rows:
+        print0(f"warning: --device_batch_size {cfg.device_batch_size} is more than the {rows} of the base run")
+    if cfg.max_seq_len != model.config.sequence_len:
+        model.resize(GPTConfig(**{**model.config.to_dict(), "sequence_len": cfg.max_seq_len}))
+    name = cfg.mixture or mixtures.name_for(meta["user_config"].get("dataset"))
+    train, val = mixtures.mid(name, cfg.conversations)
+    print0(f"Mixture {name}: {len(train):,} training conversations")
+    trainer = build(cfg, rt, train, model, tokenizer, meta)
+    token_bytes = tokenizer.token_bytes().to(rt.device)
+    eval_steps = max(1, cfg.eval_tokens // (cfg.device_batch_size * cfg.max_seq_len * rt.world_size))
+
+    def save(state: LoopState) -> None:
+        if state.step and not cfg.dry_run:
+            trainer.save(state)
+
+    def validate(state: LoopState) -> None:
+        model.eval()
+        loader = PackedConversations(val, tokenizer, cfg.device_batch_size, cfg.max_seq_len, rt)
+        bpb = evaluate_bpb(model, itertools.islice(loader, eval_steps), token_bytes)
+        loader.close()
+        state.record_val_bpb(bpb)
+        print0(f"Step {state.step:05d} | Validation bpb: {bpb:.4f}")
+        trainer.tracker.log(state.step, val_bpb=bpb)
+
+    state = trainer.run([(cfg.save_every or 10**9, save), (cfg.eval_every, validate)])
+    print0(f"Total training time: {state.train_seconds / 60:.2f}m")
+    if not cfg.dry_run:
+        outcome = {
+            "Number of iterations": state.step,
+            "DDP world size": rt.world_size,
+            "Minimum validation bpb": state.min_val_bpb,
+        }
+        old, new = report_config(cfg)
+        old["dtype"] = str(rt.dtype).removeprefix("torch.")
+        new["mixture"] = name
+        extra = {
+            "Training rows": len(train),
+            "MFU %": f"{trainer.mfu:.2f}%",
+            "Total training time": f"{state.train_seconds / 60:.2f}m",
+        }
+        get_report().log("Midtraining", [old, outcome, new, extra])
+    trainer.tracker.finish()
+    runtime.stop()
+    return state
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_cli(MidTrainConfig, run, argv, about=__doc__)
+
+
+if __name__ == "__main__":
+    main()
