@@ -1,6 +1,5 @@
 //! From texts to counted chunks.
 
-use fancy_regex::Regex;
 use rayon::prelude::*;
 use rustc_hash::FxHashMap;
 
@@ -17,31 +16,80 @@ pub const DEFAULT_PATTERN: &str = concat!(
     r"|\s+",
 );
 
+/// What surrounds the digit group's quantifier in GPT-4-like patterns.
+const GPT4_HEAD: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}";
+const GPT4_TAIL: &str = r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+
 /// Cuts a text into chunks; no merge ever crosses a chunk's border.
 #[derive(Debug, Clone)]
-pub struct Splitter(Regex);
+pub struct Splitter {
+    pattern: String,
+    engine: Engine,
+}
+
+#[derive(Debug, Clone)]
+enum Engine {
+    /// Any pattern, by backtracking.
+    Backtracking(fancy_regex::Regex),
+    /// GPT-4-like patterns by a finite automaton, two to three times as fast and without a limit on white space.
+    /// See `linear_form`.
+    Linear(regex::Regex),
+}
 
 impl Splitter {
     /// Errors: `BadPattern`.
     pub fn new(pattern: &str) -> Result<Self, BpeError> {
-        let bad = |e: fancy_regex::Error| BpeError::BadPattern {
-            pattern: pattern.to_owned(),
-            reason: e.to_string(),
+        let bad = |reason: String| BpeError::BadPattern { pattern: pattern.to_owned(), reason };
+        let engine = match linear_form(pattern) {
+            Some(linear) => Engine::Linear(regex::Regex::new(&linear).map_err(|e| bad(e.to_string()))?),
+            None => Engine::Backtracking(fancy_regex::Regex::new(pattern).map_err(|e| bad(e.to_string()))?),
         };
-        Regex::new(pattern).map(Self).map_err(bad)
+        Ok(Self { pattern: pattern.to_owned(), engine })
     }
 
     pub fn pattern(&self) -> &str {
-        self.0.as_str()
+        &self.pattern
     }
 
-    /// The chunks of `text`, left to right. Errors: `Split` when the regex engine gives up, which the default
-    /// pattern does on some million white-space characters in a row.
-    pub fn split<'t>(&'t self, text: &'t str) -> impl Iterator<Item = Result<&'t str, BpeError>> + 't {
-        self.0.find_iter(text).map(|found| match found {
-            Ok(m) => Ok(m.as_str()),
-            Err(e) => Err(BpeError::Split { reason: e.to_string() }),
-        })
+    /// Give every chunk of `text` to `visit`, left to right. Errors: `Split` when backtracking gives up.
+    pub fn split<'t>(&self, text: &'t str, mut visit: impl FnMut(&'t str)) -> Result<(), BpeError> {
+        match &self.engine {
+            Engine::Backtracking(regex) => {
+                for found in regex.find_iter(text) {
+                    let chunk = found.map_err(|e| BpeError::Split { reason: e.to_string() })?;
+                    visit(chunk.as_str());
+                }
+            }
+            Engine::Linear(regex) => {
+                let mut start = 0;
+                while let Some(found) = regex.find_at(text, start) {
+                    let chunk = without_last_space(found.as_str(), found.end() == text.len());
+                    visit(chunk);
+                    start = found.start() + chunk.len();
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A GPT-4-like pattern without what needs backtracking; None for any other pattern.
+///
+/// The possessive quantifiers go: what follows them can match nothing that they gave back. `\s+(?!\S)` goes too:
+/// it only keeps the last of several spaces for the word after them, which `without_last_space` does.
+fn linear_form(pattern: &str) -> Option<String> {
+    let digits = pattern.strip_prefix(GPT4_HEAD)?.strip_suffix(GPT4_TAIL)?;
+    let is_quantifier = digits.starts_with("{1,") && digits.ends_with('}') && digits.len() <= 5;
+    let linear = |part: &str| part.replace("?+", "?").replace("++", "+").replace(r"|\s+(?!\S)", "");
+    is_quantifier.then(|| linear(GPT4_HEAD) + digits + &linear(GPT4_TAIL))
+}
+
+/// A run of several spaces before a word leaves its last one to the word. Only the last alternative, `\s+`, ends
+/// in white space other than a line break.
+fn without_last_space(chunk: &str, is_last: bool) -> &str {
+    match chunk.char_indices().next_back() {
+        Some((at, c)) if at > 0 && !is_last && c.is_whitespace() && c != '\r' && c != '\n' => &chunk[..at],
+        _ => chunk,
     }
 }
 
@@ -55,9 +103,7 @@ impl ChunkCounts {
         let counted = texts
             .par_iter()
             .try_fold(FxHashMap::default, |mut counts: FxHashMap<&str, u64>, text| {
-                for chunk in splitter.split(text) {
-                    *counts.entry(chunk?).or_default() += 1;
-                }
+                splitter.split(text, |chunk| *counts.entry(chunk).or_default() += 1)?;
                 Ok(counts)
             })
             .try_reduce(FxHashMap::default, |a, b| Ok(merged(a, b)))?;

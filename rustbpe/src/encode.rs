@@ -16,10 +16,7 @@ pub struct Vocab {
 
 impl Default for Vocab {
     fn default() -> Self {
-        Self {
-            ids: FxHashMap::default(),
-            tokens: (0..=u8::MAX).map(|byte| vec![byte]).collect(),
-        }
+        Self { ids: FxHashMap::default(), tokens: (0..=u8::MAX).map(|byte| vec![byte]).collect() }
     }
 }
 

@@ -36,10 +36,7 @@ struct Tokenizer {
 impl Tokenizer {
     #[new]
     fn new() -> PyResult<Self> {
-        Ok(Self {
-            splitter: Splitter::new(DEFAULT_PATTERN)?,
-            vocab: Vocab::default(),
-        })
+        Ok(Self { splitter: Splitter::new(DEFAULT_PATTERN)?, vocab: Vocab::default() })
     }
 
     #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None))]
@@ -101,9 +98,7 @@ impl Tokenizer {
 impl Tokenizer {
     fn encode_text(&self, text: &str) -> Result<Vec<u32>, BpeError> {
         let mut ids = Vec::new();
-        for chunk in self.splitter.split(text) {
-            self.vocab.encode_chunk(chunk?.as_bytes(), &mut ids);
-        }
+        self.splitter.split(text, |chunk| self.vocab.encode_chunk(chunk.as_bytes(), &mut ids))?;
         Ok(ids)
     }
 }

@@ -24,9 +24,7 @@ pub fn train<'c>(
     vocab_size: u32,
     mut on_merge: impl FnMut(usize, usize) -> Result<(), BpeError>,
 ) -> Result<Vec<Pair>, BpeError> {
-    let planned = vocab_size
-        .checked_sub(NUM_BYTES)
-        .ok_or(BpeError::VocabTooSmall { vocab_size })?;
+    let planned = vocab_size.checked_sub(NUM_BYTES).ok_or(BpeError::VocabTooSmall { vocab_size })?;
     let mut words = Words::new(chunks)?;
     let (mut counts, mut queue) = words.initial_pairs();
     let mut merges = Vec::new();
@@ -131,9 +129,8 @@ impl Words {
             }
         }
         let counts = seen.iter().map(|(&pair, seen)| (pair, seen.count)).collect();
-        let candidates = seen
-            .into_iter()
-            .map(|(pair, Seen { count, words })| Candidate { count, pair, words });
+        let candidates =
+            seen.into_iter().map(|(pair, Seen { count, words })| Candidate { count, pair, words });
         (counts, candidates.collect())
     }
 
