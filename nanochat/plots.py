@@ -21,7 +21,7 @@ INK, GRID = "#333333", "#dddddd"
 COLORS = ("#4269d0", "#e07a2f", "#3a9a5b", "#8f5bb5")  # told apart in print and by most colour-blind readers
 STAGES = ("base", "mid", "sft", "rl")
 STAGE_NAMES = {"base": "Base training", "mid": "Midtraining", "sft": "SFT", "rl": "RL"}
-PASS_AT = {f"pass@{k}": f"pass@{k}" for k in (1, 4, 8, 16)}
+PASS_AT = {f"pass_at_{k}": f"pass@{k}" for k in range(1, 65)}
 # name of the plot -> (its title, axis label, the logged values drawn in it with their legends)
 LINES: dict[str, tuple[str, str, dict[str, str]]] = {
     "loss": ("loss", "nats per token", {"loss": "training", "val_loss": "validation"}),

@@ -396,7 +396,8 @@ def test_reset_drops_the_old_run_and_writes_the_header(base, monkeypatch):
     assert re.fullmatch(
         r"# nanochat training report\n\nGenerated: .*\n\n## Environment\n\n### Git Information\n"
         r"- Branch: .*\n- Commit: \w+ \((dirty|clean|unknown)\)\n- Message: .*\n\n### Hardware\n"
-        r"- Platform: .*\n- CPUs: .* logical\)\n- Memory: [\d.]+ GB\n(- GPU.*\n|- CUDA.*\n|- Hourly.*\n)+\n### Software\n- Python: .*\n"
+        r"- Platform: .*\n- CPUs: .* logical\)\n- Memory: [\d.]+ GB\n"
+        r"(- GPU.*\n|- CUDA.*\n|- Hourly.*\n)+\n### Software\n- Python: .*\n"
         r"- PyTorch: .*\n\n\n### Bloat\n- Characters: .*\n- Lines: .*\n- Files: .*\n- Tokens \(approx\): .*\n"
         r"- Dependencies \(uv.lock lines\): .*\n\nRun started: .*\n\n---\n\n",
         header,

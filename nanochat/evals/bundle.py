@@ -18,11 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from filelock import FileLock
 
 from nanochat.config import InputError
-from nanochat.runtime import base_dir, hub_dir, print0
+from nanochat.runtime import barrier, base_dir, hub_dir, print0
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # about 162 MB
 CORE_LABELS = (
@@ -142,6 +143,8 @@ def open_bundle(path: str | None = None, dataset: str | None = None) -> Bundle:
     """The bundle to evaluate with: the one at `path`; for a model of the tinyworld data set tinyworld's own;
     else <base>/eval_bundle, the hub folder's, or the published one, downloaded.
 
+    Every rank must call it.
+
     Args:
         path: a folder, a zip file, or "tinyworld".
         dataset: what the model was trained on (its checkpoint's user_config).
@@ -150,8 +153,9 @@ def open_bundle(path: str | None = None, dataset: str | None = None) -> Bundle:
         from nanochat.data.tinyworld import write_core_bundle
 
         directory = base_dir() / "tinyworld_bundle"
-        with FileLock(base_dir() / "tinyworld_bundle.lock"):  # every rank comes here
+        if not dist.is_initialized() or dist.get_rank() == 0:
             write_core_bundle(directory)
+        barrier()  # the others read it only when it is whole
         return read_bundle(directory, name="tinyworld")
     if path is not None:
         return read_bundle(path)
