@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nanochat.config import InputError
+from nanochat.data import hub
 
 Conversation = dict[str, Any]
 
@@ -51,11 +52,11 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Whether `response` answers the conversation's last user message. Never executes a wrong guess as an error."""
+        """Whether `response` is right. Any text may come: what a model wrote is never an error."""
         raise NotImplementedError
 
     def evaluate_lenient(self, conversation: Conversation, response: str) -> bool:
-        """A second, kinder rule where a task has one; printed beside the headline figure, never in its place."""
+        """A kinder rule, where a task has one; reported beside the headline figure, never in its place."""
         return self.evaluate(conversation, response)
 
     def reward(self, conversation: Conversation, response: str) -> float:
@@ -73,6 +74,26 @@ class Task:
 
     def __iter__(self) -> Iterator[Conversation]:
         return (self[i] for i in range(len(self)))
+
+
+class HubTask(Task):
+    """A split of a data set from the hub, in the hub's order for shuffle seed 42.
+
+    Raises:
+        InputError: the split is not here and cannot be fetched.
+    """
+
+    def __init__(self, repo: str, config: str, split: str, **slicing: Any) -> None:
+        super().__init__(**slicing)
+        self.rows = hub.load_rows(repo, config, split)
+        self.order = hub.shuffled_order(len(self.rows))
+
+    def num_examples(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Row `index` of the shuffled split, as the hub has it."""
+        return self.rows[int(self.order[index])]
 
 
 class TaskSequence(Task):
@@ -147,14 +168,21 @@ def final_answer(text: str) -> str | None:
     return match.group(1).strip().replace(",", "") if match else None
 
 
+def reference_text(conversation: Conversation) -> str:
+    """What the conversation's own last message says, tool calls left out."""
+    content = conversation["messages"][-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
 def reference_answer(conversation: Conversation) -> str:
     """The final answer in a conversation's own last message (text, or a list of parts).
 
     Raises:
         ValueError: the reference has none, so nothing could be scored against it.
     """
-    content = conversation["messages"][-1]["content"]
-    text = content if isinstance(content, str) else content[-1]["text"]
+    text = reference_text(conversation)
     answer = final_answer(text)
     if answer is None:
         raise ValueError(f"no `#### number` in the reference answer {text!r}")
@@ -167,3 +195,18 @@ def same_number(a: str | None, b: str | None) -> bool:
         return a is not None and b is not None and float(a) == float(b)
     except ValueError:
         return False
+
+
+def evaluate_letter(conversation: Conversation, response: str) -> bool:
+    """Whether the response is the right letter and nothing else."""
+    return response.strip() == gold_letter(conversation)
+
+
+def evaluate_final_answer(conversation: Conversation, response: str) -> bool:
+    """Whether the text after `#### ` is the reference's, letter by letter ("10." is not "10")."""
+    return final_answer(response) == reference_answer(conversation)
+
+
+def evaluate_final_number(conversation: Conversation, response: str) -> bool:
+    """Whether the number after `#### ` is the reference's ("10." is 10)."""
+    return same_number(final_answer(response), reference_answer(conversation))
