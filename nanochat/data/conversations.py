@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat.data.loader import PackingLoader
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 
@@ -54,3 +55,64 @@ class PaddedConversations:
             mask[row, : len(ids)] = torch.tensor(supervised)
         targets = idx[:, 1:].masked_fill(mask[:, 1:] == 0, -1)
         return idx[:, :-1].to(self.rt.device), targets.to(self.rt.device)
+
+
+BLOCK = 1024  # conversations that are rendered and packed at a time
+WHOLE = 1 << 30  # tokens: cropping is the packer's business
+
+
+class _Blocks:
+    """Conversations as a source of documents: what PackingLoader reads, with rendering in place of encoding."""
+
+    name = "the mixture"
+
+    def __init__(self, conversations: Any, tokenizer: Tokenizer) -> None:
+        self.conversations, self.tokenizer = conversations, tokenizer
+
+    def num_blocks(self, split: str) -> int:
+        return -(-len(self.conversations) // BLOCK)
+
+    def read_block(self, split: str, index: int) -> list[Any]:
+        end = min((index + 1) * BLOCK, len(self.conversations))
+        return [self.conversations[i] for i in range(index * BLOCK, end)]
+
+    def get_bos_token_id(self) -> int:
+        return self.tokenizer.get_bos_token_id()
+
+    def encode(self, conversations: list[Any], prepend: int, num_threads: int) -> list[list[int]]:
+        return [self.tokenizer.render_conversation(c, WHOLE)[0] for c in conversations]
+
+
+class PackedConversations(PackingLoader):
+    """Rows of T+1 tokens packed from rendered conversations, every token a target: midtraining reads
+    conversations as pretraining reads documents."""
+
+    def __init__(
+        self,
+        conversations: Any,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        sequence_len: int,
+        rt: Runtime,
+        cursor: Any = None,
+        repeat: bool = True,
+    ) -> None:
+        blocks: Any = _Blocks(conversations, tokenizer)
+        self.num_blocks = blocks.num_blocks("train")
+        super().__init__(
+            blocks,
+            "train",
+            blocks,
+            batch_size=batch_size,
+            sequence_len=sequence_len,
+            rank=rt.rank,
+            world_size=rt.world_size,
+            cursor=cursor,
+            device=rt.device,
+            repeat=repeat,
+        )
+
+    @property
+    def progress(self) -> float:
+        """Share of one pass that was taken, to the block."""
+        return min(1.0, self.cursor["epoch"] + self.cursor["block"] / max(1, self.num_blocks))
