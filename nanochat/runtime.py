@@ -203,3 +203,16 @@ def peak_memory_mib(device: torch.device) -> float:
 
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def aqua_dir() -> Path | None:
+    """A folder that may hold AQuA splits as {split}.jsonl: NANOCHAT_AQUA_DIR, AQUA_DATA_DIR, else <base>/aqua
+    if it exists; None = use the hub."""
+    for variable in ("NANOCHAT_AQUA_DIR", "AQUA_DATA_DIR"):
+        name = os.environ.get(variable)
+        if name:
+            if not Path(name).is_dir():
+                raise InputError(f"{variable}={name} is no folder; unset it or point it at the AQuA files")
+            return Path(name)
+    folder = base_dir() / "aqua"
+    return folder if folder.is_dir() else None
