@@ -154,7 +154,7 @@ class SingleParquet(Source):
         return [text for text in texts if (text_hash(text) <= self.cut) == (split == "val")]
 
     def fingerprint(self) -> str:
-        return _digest([self.path.name, self.path.stat().st_size, int(self.cut)])
+        return _digest([self.path.name, self.path.stat().st_size, self.cut])
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,14 @@ class ShardSet:
         extra = "" if self.name == "climbmix" else f" --dataset={self.name}"
         return f"python -m nanochat.dataset -n {n}{extra}"
 
+    def is_mirrored(self) -> bool:
+        hub = hub_dir()
+        return hub is not None and (hub / "datasets" / self.repo).is_dir()
+
     def path(self) -> Path:
         """The folder of the shards: the hub mirror's when it has one, else the base dir's."""
         hub = hub_dir()
-        if hub is not None and (hub / "datasets" / self.repo).is_dir():
+        if hub is not None and self.is_mirrored():
             return hub / "datasets" / self.repo
         return base_dir() / self.directory
 

@@ -28,7 +28,7 @@ def text_hash(text: str) -> int:
     )
 
 
-def hash_cut(hashes: np.ndarray, where: str) -> np.uint64:
+def hash_cut(hashes: np.ndarray, where: str) -> int:
     """A document is validation if its hash is at most the returned one: about 2%, at least one, never all.
 
     Args:
@@ -43,7 +43,7 @@ def hash_cut(hashes: np.ndarray, where: str) -> np.uint64:
             f"{where} has {len(distinct)} different documents; it takes 2: one to train on, one to hold out"
         )
     within = int(np.searchsorted(distinct, np.uint64(int(VAL_FRACTION * 2**64)), side="right"))
-    return np.uint64(distinct[min(max(within, 1), len(distinct) - 1) - 1])
+    return int(distinct[min(max(within, 1), len(distinct) - 1) - 1])
 
 
 def jsonl_lines(path: Path) -> Iterator[tuple[Piece, str]]:
@@ -145,7 +145,7 @@ class TextFiles:
                     places.append((f, offset, length))
                     hashes.append(text_hash(text))
         self._hashes = np.array(hashes, np.uint64)
-        is_val = self._hashes <= hash_cut(self._hashes, str(root))
+        is_val = self._hashes <= np.uint64(hash_cut(self._hashes, str(root)))
         index = np.array(places, np.int64)  # (N, 3): file, offset, length
         train = index[~is_val]
         val = index[is_val][np.argsort(self._hashes[is_val], kind="stable")]

@@ -16,8 +16,8 @@ from nanochat import runtime
 def evaluate_bpb(model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor) -> float:
     """Bits per byte of text over all batches of all ranks.
 
-    bpb = sum(nats) / (ln 2 * sum(bytes)), both sums over the counted targets only: those >= 0 whose token stands
-    for at least one byte. Special tokens (0 bytes) and masked targets (-1) leave both sums.
+    bpb = sum(nats) / (ln 2 * sum(bytes)), both sums over the counted targets only: those >= 0 whose token
+    stands for at least one byte. Special tokens (0 bytes) and masked targets (-1) leave both sums.
 
     Args:
         model: model(inputs, targets, reduction="none") gives the loss of each target in nats, (B*T,).
