@@ -1,10 +1,10 @@
 """Fetch pretraining shards.
 
-    python -m nanochat.dataset -n 8             # shards 0-7 and the validation shard of climbmix, about 0.8 GB
-    python -m nanochat.dataset -n 240 -w 8      # more of them; those that are there already are kept
+    python -m nanochat.dataset -n 8         # shards 0 to 7 and the validation shard of climbmix, about 0.8 GB
+    python -m nanochat.dataset -n 240 -w 8  # more; those that are there already are kept
 
-Writes base_data_climbmix/ (climbmix) or base_data/ (fineweb-edu) in the base dir. Can be interrupted and run again; ends
-with exit code 2 and the names of the missing shards if not all could be fetched.
+Writes base_data_climbmix/ (climbmix) or base_data/ (fineweb-edu) in the base dir. Can be interrupted and run
+again; ends with exit code 2 and the names of the missing shards if not all could be fetched.
 """
 
 from __future__ import annotations

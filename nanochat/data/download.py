@@ -1,7 +1,7 @@
 """Downloads that can be interrupted at any point: resumed, verified, and under their name only when whole.
 
-A file arrives as NAME.part and is renamed once its size, its hash (where the server tells one) and its content are
-right. A lock per file lets several processes fetch into one folder.
+A file arrives as NAME.part and is renamed once its size, its hash (where the server tells one) and its content
+are right. A lock per file lets several processes fetch into one folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,7 +73,7 @@ def _sha256(path: Path) -> str:
 
 
 def _told_sha256(response: requests.Response) -> str | None:
-    """The hash of the content where the hub tells one: a 64-digit (linked) etag, also of the redirect to its store."""
+    """The content's hash where the hub tells one: a 64-digit (linked) etag, also of the redirect to its store."""
     for r in [*response.history, response]:
         for name in ("X-Linked-Etag", "ETag"):
             value = r.headers.get(name, "").removeprefix("W/").strip('"').lower()
@@ -272,10 +271,10 @@ def fetch_all(
     executor = ThreadPoolExecutor(max_workers=workers)
     try:
         futures = [
-            (j, executor.submit(fetch, j, report=progress.of(j.path), stop=stop, backoff=backoff))
-            for j in jobs
+            executor.submit(fetch, job, report=progress.of(job.path), stop=stop, backoff=backoff)
+            for job in jobs
         ]
-        for job, future in futures:
+        for job, future in zip(jobs, futures, strict=True):
             try:
                 future.result()
             except InputError as error:

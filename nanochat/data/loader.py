@@ -1,11 +1,11 @@
 """Batches for pretraining: documents packed into rows by best fit, in an order that any run can go on with.
 
 Every row has T+1 tokens and begins with a document's BOS. It is filled with the longest document that fits the
-rest of it, again and again; when none fits, with the beginning of the shortest, whose end is dropped. No padding,
-at the price of cropped tokens: of 7,852,358 GPT-2 tokens (6 blocks of edu-text-small, 1,278 tokens a document) a
-pass keeps 16, 25, 39 and 57% at T = 256, 512, 1024 and 2048. Later passes show what the first one dropped of long
-documents (see `window`). Packing takes a tenth of the time of tokenising or less (30 to 60 against 2.6 million
-tokens a second on 2 cores).
+rest of it, again and again; when none fits, with the beginning of the shortest, whose end is dropped. Nothing
+is padded, at the price of cropped tokens: of 7,852,358 GPT-2 tokens (6 blocks of edu-text-small, 1,278 tokens
+a document) a pass keeps 16, 25, 39 and 57% at T = 256, 512, 1024 and 2048. Later passes show what the first
+one dropped of long documents (see `window`). Packing takes a tenth of the time of tokenising or less (30 to
+60 against 2.6 million tokens a second on 2 cores).
 """
 
 from __future__ import annotations
