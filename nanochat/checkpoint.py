@@ -56,7 +56,12 @@ def tag_directory(source: str, tag: str) -> Path:
 
 
 def save(
-    rt: Runtime, directory: Path, step: int, model: nn.Module, optimizer: MuonAdamW | None, meta: dict[str, Any]
+    rt: Runtime,
+    directory: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: MuonAdamW | None,
+    meta: dict[str, Any],
 ) -> Path:
     """Write directory/step_NNNNNN; returns when it is whole and in place. Call it on all ranks.
 

@@ -1,12 +1,12 @@
 """Command-line configs: one frozen dataclass a stage, each field one flag.
 
-    @dataclass(frozen=True)
-    class Config:
-        depth: int = flag(12, "transformer layers")
-        num_iterations: int | None = flag(None, "optimizer steps", off=-1)
+@dataclass(frozen=True)
+class Config:
+    depth: int = flag(12, "transformer layers")
+    num_iterations: int | None = flag(None, "optimizer steps", off=-1)
 
-    def main(argv=None):
-        run_cli(Config, run, argv, about=__doc__)
+def main(argv=None):
+    run_cli(Config, run, argv, about=__doc__)
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ def _kind(annotation: Any) -> tuple[Any, bool]:
 
 def build_parser(cls: type, about: str = "") -> argparse.ArgumentParser:
     """The parser of a config class: `--device_batch_size` and `--device-batch-size`, `--k=v` and `--k v`."""
-    parser = _Parser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         m = f.metadata
@@ -98,9 +96,7 @@ def build_parser(cls: type, about: str = "") -> argparse.ArgumentParser:
         shown = "required" if required else f"default {m['off'] if default is None else default}"
         text = f"{m['help']} ({shown})".replace("%", "%%")
         if kind is bool:
-            parser.add_argument(
-                *names, dest=f.name, action=argparse.BooleanOptionalAction, default=default, help=text
-            )
+            parser.add_argument(*names, dest=f.name, action=argparse.BooleanOptionalAction, default=default, help=text)
             continue
         parser.add_argument(
             *names,
@@ -128,9 +124,7 @@ def parse_config(cls: type[C], argv: Sequence[str] | None = None, about: str = "
     return cls(**values)
 
 
-def run_cli(
-    cls: type[C], run: Callable[[C], Any], argv: Sequence[str] | None = None, about: str | None = ""
-) -> None:
+def run_cli(cls: type[C], run: Callable[[C], Any], argv: Sequence[str] | None = None, about: str | None = "") -> None:
     """Parse, run, and end a wrong input in one line on stderr with exit code 2."""
     try:
         run(parse_config(cls, argv, about or ""))

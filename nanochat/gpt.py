@@ -60,9 +60,7 @@ class GPTConfig:
     @property
     def shape(self) -> Shape:
         """The sizes as scaling.py counts them."""
-        return Shape(
-            self.n_layer, self.n_embd, self.n_head, self.n_kv_head, self.vocab_size, self.sequence_len
-        )
+        return Shape(self.n_layer, self.n_embd, self.n_head, self.n_kv_head, self.vocab_size, self.sequence_len)
 
 
 class KVCache:
@@ -71,9 +69,7 @@ class KVCache:
     k, v: (n_layer, B, max_len, H_kv, D); lengths: (B,) int64, tokens held per row.
     """
 
-    def __init__(
-        self, config: GPTConfig, batch_size: int, max_len: int, device: Any, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device: Any, dtype: torch.dtype) -> None:
         shape = (config.n_layer, batch_size, max_len, config.n_kv_head, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)

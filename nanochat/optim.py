@@ -59,9 +59,7 @@ class MuonAdamW:
 
     def _shards(self, group: Group) -> list[Shard]:
         if group.kind == "muon":
-            return [
-                Shard(group, group.names, group.params, -(-len(group.params) // self.world))
-            ]
+            return [Shard(group, group.names, group.params, -(-len(group.params) // self.world))]
         return [
             Shard(group, [name], [p], -(-p.numel() // self.world))
             for name, p in zip(group.names, group.params, strict=True)

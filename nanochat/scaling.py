@@ -63,9 +63,7 @@ def shape_from_depth(
     """
     n_embd, n_head = _width(depth, aspect_ratio, head_dim)
     if not _divides(n_embd, n_head):
-        near = [
-            d for d in range(max(1, depth - 3), depth + 4) if _divides(*_width(d, aspect_ratio, head_dim))
-        ]
+        near = [d for d in range(max(1, depth - 3), depth + 4) if _divides(*_width(d, aspect_ratio, head_dim))]
         best = min(near, key=lambda d: abs(d - depth), default=2 * depth)
         raise InputError(
             f"--depth {depth} gives a width of {n_embd} that {n_head} heads do not divide; try --depth={best}"

@@ -70,7 +70,14 @@ class BaseTrainConfig:
     plan: bool = flag(False, "print sizes, time and cost, and train nothing", new=True)
 
     def __post_init__(self) -> None:
-        for name in ("depth", "max_seq_len", "device_batch_size", "total_batch_size", "eval_tokens", "head_dim"):
+        for name in (
+            "depth",
+            "max_seq_len",
+            "device_batch_size",
+            "total_batch_size",
+            "eval_tokens",
+            "head_dim",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
         if self.vocab_size is not None and not self.plan:
@@ -106,7 +113,13 @@ def build(cfg: BaseTrainConfig, rt: runtime.Runtime) -> tuple[Trainer, dict[str,
     steps = horizon(cfg, shape)
     accum = scaling.grad_accum_steps(cfg.total_batch_size, cfg.device_batch_size, cfg.max_seq_len, rt.world_size)
     config = GPTConfig(
-        cfg.max_seq_len, shape.vocab_size, shape.n_layer, shape.n_head, shape.n_kv_head, shape.n_embd, cfg.arch
+        cfg.max_seq_len,
+        shape.vocab_size,
+        shape.n_layer,
+        shape.n_head,
+        shape.n_kv_head,
+        shape.n_embd,
+        cfg.arch,
     )
     source = open_source(cfg.dataset)
     model = checkpoint.build_model(config, rt)

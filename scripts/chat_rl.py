@@ -61,7 +61,13 @@ class ChatRLConfig:
     seed: int = flag(42, "of the rollouts", new=True)
 
     def __post_init__(self) -> None:
-        for name in ("device_batch_size", "examples_per_step", "max_new_tokens", "num_epochs", "eval_examples"):
+        for name in (
+            "device_batch_size",
+            "examples_per_step",
+            "max_new_tokens",
+            "num_epochs",
+            "eval_examples",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
         if self.num_samples < 2:
@@ -97,8 +103,7 @@ class Policy:
         self.model.eval()
         conversations = [task[i] for i in indices]
         prompts = [
-            self.tokenizer.render_for_completion(c, max_tokens=self.model.config.sequence_len)
-            for c in conversations
+            self.tokenizer.render_for_completion(c, max_tokens=self.model.config.sequence_len) for c in conversations
         ]
         rows = [p for p in prompts for _ in range(num_samples)]
         sequences, masks, stopped = self.engine.generate_many(
@@ -125,13 +130,9 @@ class Policy:
         rows = [r for r in range(advantages.numel()) if advantages[r // num_samples].any()]
         rows.sort(key=lambda r: len(rollouts.sequences[r]))  # little padding
         size = self.cfg.device_batch_size
-        return [
-            self._batch(rollouts, advantages.flatten(), rows[i : i + size]) for i in range(0, len(rows), size)
-        ]
+        return [self._batch(rollouts, advantages.flatten(), rows[i : i + size]) for i in range(0, len(rows), size)]
 
-    def _batch(
-        self, rollouts: Rollouts, advantages: Tensor, rows: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _batch(self, rollouts: Rollouts, advantages: Tensor, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         width = max(len(rollouts.sequences[r]) for r in rows)
         ids = torch.full((len(rows), width), self.end)
         mask = torch.zeros(len(rows), width, dtype=torch.int64)

@@ -54,7 +54,11 @@ class ChatSFTConfig:
     eval_metrics_every: int | None = flag(200, "steps between task metrics; -1 = never", off=-1)
     eval_metrics_max_problems: int = flag(1024, "problems of a task metric")
     mixture: str | None = flag(
-        None, "what to train on; None = what goes with the base model's data", off="None", choices=mixtures.NAMES, new=True
+        None,
+        "what to train on; None = what goes with the base model's data",
+        off="None",
+        choices=mixtures.NAMES,
+        new=True,
     )
     conversations: str | None = flag(None, "your own conversations, a .jsonl file", off="None", new=True)
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
@@ -171,7 +175,11 @@ def run(cfg: ChatSFTConfig) -> LoopState:
         engine = Engine(model, tokenizer)
         for task in mixtures.SFT_METRICS[name]:
             result = evaluate_task(
-                eval_task(task), engine, rt, batch_size=2 * cfg.device_batch_size, max_problems=cfg.eval_metrics_max_problems
+                eval_task(task),
+                engine,
+                rt,
+                batch_size=2 * cfg.device_batch_size,
+                max_problems=cfg.eval_metrics_max_problems,
             )
             print0(f"Step {state.step:05d} | {task} accuracy: {result.accuracy:.4f}")
             trainer.tracker.log(state.step, **{f"{task}_acc": result.accuracy})

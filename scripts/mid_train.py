@@ -47,7 +47,11 @@ class MidTrainConfig:
     total_batch_size: int = flag(524288, "tokens per optimizer step over all ranks")
     dry_run: int = flag(0, "1 = write no checkpoint and no report")
     mixture: str | None = flag(
-        None, "what to train on; None = what goes with the base model's data", off="None", choices=mixtures.NAMES, new=True
+        None,
+        "what to train on; None = what goes with the base model's data",
+        off="None",
+        choices=mixtures.NAMES,
+        new=True,
     )
     conversations: str | None = flag(None, "your own conversations, a .jsonl file", off="None", new=True)
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
