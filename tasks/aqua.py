@@ -35,8 +35,8 @@ STANDALONE_LAST = re.compile(r"(?:^|\s)[(\[]?([A-E])[)\].]*$")
 def extract_letter(text: str) -> str | None:
     """The letter A to E that a text gives as its answer, else None.
 
-    The last `answer ...` mark counts; without one, a text that is only a letter, or a last line that ends with
-    the only capital letter standing alone in it. The article "a" is no answer.
+    The last `answer ...` mark counts; without one, a text that is only a letter, or a last line that ends
+    with the only capital letter standing alone in it. The article "a" is no answer.
     """
     marked = list(MARKED.finditer(text))
     if marked:

@@ -34,6 +34,7 @@ class Task:
 
     # "categorical": the letter whose logit is highest right after the prompt; "generative": sampled text
     eval_type: Literal["categorical", "generative"] = "generative"
+    has_lenient_rule = False  # is evaluate_lenient another rule than evaluate
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         if start < 0 or (stop is not None and stop < 0) or step < 1:
@@ -140,9 +141,7 @@ def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]
 
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
     """The multiple-choice prompt: question, options, and the wish for nothing but a letter."""
-    return (
-        render_choices(question, letters, choices) + "\nRespond only with the letter of the correct answer."
-    )
+    return render_choices(question, letters, choices) + "\nRespond only with the letter of the correct answer."
 
 
 def mc_conversation(

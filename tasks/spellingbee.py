@@ -155,6 +155,8 @@ class GeneratedTask(Task):
 class SpellingBee(GeneratedTask):
     """How often is a letter in a word? The answer counts by hand, then checks itself with the tool."""
 
+    has_lenient_rule = True
+
     def __init__(self, size: int = 1000, split: str = "train", **slicing: Any) -> None:
         super().__init__(size, split, **slicing)
 
@@ -182,9 +184,7 @@ def ask_count(rng: random.Random, word: str, letter: str) -> str:
         template = template.lower()
     quotes = ("", "'", '"')
     letter_quote, word_quote = rng.choice(quotes), rng.choice(quotes)
-    question = template.format(
-        letter=f"{letter_quote}{letter}{letter_quote}", word=f"{word_quote}{word}{word_quote}"
-    )
+    question = template.format(letter=f"{letter_quote}{letter}{letter_quote}", word=f"{word_quote}{word}{word_quote}")
     return question + ("?" if rng.random() < 0.5 else "")
 
 

@@ -1,0 +1,135 @@
+"""Evaluate a chat model on tasks: multiple choice, word problems, code, spelling.
+
+    python -m scripts.chat_eval -i sft                                  # all default tasks
+    python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K" -x 100       # two tasks, 100 problems each
+    torchrun --nproc_per_node=8 -m scripts.chat_eval -- -i sft
+
+Reads {base,mid,chatsft,chatrl}_checkpoints/<tag>/. A model trained on tinyworld gets tinyworld's own tasks, and
+their mean is never called ChatCORE metric.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat import checkpoint, runtime
+from nanochat.config import REQUIRED, InputError, flag, report_config, run_cli
+from nanochat.evals.chat import ChatResult, chat_core, evaluate_task
+from nanochat.report import get_report
+from nanochat.runtime import print0
+from nanochat.sandbox import isolation_level
+from tasks.registry import BASELINES, EVAL_TASKS, REAL, TINYWORLD, default_tasks, eval_task
+
+
+@dataclass(frozen=True)
+class ChatEvalConfig:
+    source: str = flag(REQUIRED, "stage that trained the model", choices=tuple(checkpoint.DIRECTORIES), short="-i")
+    task_name: str | None = flag(None, "tasks joined by |; None = all default tasks", off="None", short="-a")
+    dtype: str | None = flag(
+        None, "compute dtype; None = the device's", off="None", choices=("bfloat16", "float32"), short="-d"
+    )
+    temperature: float = flag(0.0, "of sampling; 0 = the most likely token", short="-t")
+    max_new_tokens: int = flag(512, "longest answer of a generative task, in tokens", short="-m")
+    num_samples: int = flag(1, "answers to a generative problem; one right answer solves it", short="-n")
+    top_k: int | None = flag(50, "sample among the k likeliest tokens; 0 = all", off=0, short="-k")
+    batch_size: int = flag(8, "problems at once, on each rank", short="-b")
+    model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", short="-g")
+    step: int | None = flag(None, "checkpoint step; None = the last", off="None", short="-s")
+    max_problems: int | None = flag(None, "only the first problems of each task", off="None", short="-x")
+    device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="")
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_samples", "top_k", "batch_size", "max_problems"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value} must be at least 1")
+        if self.temperature < 0:
+            raise InputError(f"--temperature {self.temperature} must be at least 0; 0 = the most likely token")
+        if self.task_name is not None:
+            parse_names(self.task_name)
+
+
+def parse_names(text: str) -> list[str]:
+    """`GSM8K|MMLU` -> names, each once, in the given order."""
+    names = list(dict.fromkeys(name.strip() for name in text.split("|")))
+    for name in names:
+        if name not in EVAL_TASKS:
+            raise InputError(f"--task_name: no task {name!r}; there are {', '.join(EVAL_TASKS)}")
+    return names
+
+
+def core_name(names: Sequence[str]) -> str | None:
+    """What the mean over these tasks may be called: only a complete default set has a name."""
+    if set(REAL) <= set(names):
+        return "ChatCORE metric"
+    return "ChatCORE tinyworld" if set(TINYWORLD) <= set(names) else None
+
+
+def report_items(results: Mapping[str, ChatResult]) -> list[dict[str, Any]]:
+    """The reference's keys (tasks, then the mean), then what says how sure they are."""
+    scores: dict[str, Any] = {name: result.accuracy for name, result in results.items()}
+    name = core_name(list(results))
+    if name is not None:
+        members = REAL if name == "ChatCORE metric" else TINYWORLD
+        scores[name] = chat_core({task: results[task].accuracy for task in members}, BASELINES)
+    new: dict[str, Any] = {}
+    for task, result in results.items():
+        low, high = result.interval
+        new[f"{task} 95% interval"] = f"{low:.4f} to {high:.4f} ({result.num_passed} of {result.total})"
+        if result.majority is not None:
+            new[f"{task} always the commonest letter"] = result.majority
+        if result.num_lenient is not None:
+            new[f"{task} same number, other spelling too"] = result.num_lenient / result.total
+        if result.num_cropped:
+            new[f"{task} prompts cropped to the context"] = result.num_cropped
+    return [scores, new]
+
+
+def run(cfg: ChatEvalConfig) -> dict[str, ChatResult]:
+    rt = runtime.start(cfg.device_type)
+    if cfg.dtype is not None:
+        rt = dataclasses.replace(rt, dtype=runtime.DTYPES[cfg.dtype])
+    model, tokenizer, meta = checkpoint.load_model(cfg.source, rt, cfg.model_tag, cfg.step)
+    model.eval()
+    dataset = meta.get("user_config", {}).get("dataset")
+    names = parse_names(cfg.task_name) if cfg.task_name is not None else default_tasks(dataset)
+    tasks = {name: eval_task(name) for name in names}  # all at once: missing data must not show after hours
+    if "HumanEval" in tasks:
+        print0(f"HumanEval runs the model's code: {isolation_level()}")
+    results = {}
+    for name, task in tasks.items():
+        result = evaluate_task(
+            task,
+            model,
+            tokenizer,
+            rt,
+            batch_size=cfg.batch_size,
+            num_samples=cfg.num_samples,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            max_problems=cfg.max_problems,
+        )
+        results[name] = result
+        print0(f"Final: {result.num_passed}/{result.total} ({100 * result.accuracy:.2f}%)")
+        print0(f"{name} accuracy: {100 * result.accuracy:.2f}%")
+    old, _ = report_config(cfg)
+    old["dtype"] = str(rt.dtype).removeprefix("torch.")
+    scores, new = report_items(results)
+    mean = core_name(list(results))
+    if mean is not None:
+        print0(f"{mean}: {scores[mean]:.4f}")
+    get_report().log(f"Chat evaluation {cfg.source}", [old, scores, new])
+    runtime.stop()
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_cli(ChatEvalConfig, run, argv, about=__doc__)
+
+
+if __name__ == "__main__":
+    main()
