@@ -1,7 +1,7 @@
-"""Downloads that can be interrupted at any point: resumed, verified, and under their name only when whole.
+"""Downloads that may be interrupted at any point: resumed, verified, and under their name only when whole.
 
-A file arrives as NAME.part and is renamed once its size, its hash (where the server tells one) and its content
-are right. A lock per file lets several processes fetch into one folder.
+A file arrives as NAME.part and is renamed once its size, its hash (where the server tells one) and its
+content are right. A lock per file lets several processes fetch into one folder.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import requests
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from nanochat.config import InputError
@@ -29,12 +30,10 @@ HUB_URL = "https://huggingface.co/datasets/{repo}/resolve/main/{file}"
 ATTEMPTS = 5  # in a row without a new byte; an attempt that got further starts the count again
 BACKOFF_SECONDS = 2.0  # before attempt n: BACKOFF_SECONDS ** n
 TIMEOUT_SECONDS = 30.0  # to connect, and between two reads
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16  # what a broken connection loses at most
 RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
-Report = Callable[
-    [int, int | None], None
-]  # (bytes received, or taken back if negative; size of the file if known)
+Report = Callable[[int, int | None], None]  # (bytes received, or taken back if negative; size of the file if known)
 
 
 class Interrupted(Exception):
@@ -73,7 +72,7 @@ def _sha256(path: Path) -> str:
 
 
 def _told_sha256(response: requests.Response) -> str | None:
-    """The content's hash where the hub tells one: a 64-digit (linked) etag, also of the redirect to its store."""
+    """The content's hash where the hub tells one: a 64-digit (linked) etag, also of a redirect."""
     for r in [*response.history, response]:
         for name in ("X-Linked-Etag", "ETag"):
             value = r.headers.get(name, "").removeprefix("W/").strip('"').lower()
@@ -104,9 +103,7 @@ def _attempt(job: Job, part: Path, report: Report, stop: threading.Event, timeou
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         with requests.get(job.url, headers=headers, stream=True, timeout=timeout) as response:
-            if (
-                response.status_code == 416
-            ):  # nothing after `start`: a part of another version, or whole already
+            if response.status_code == 416:  # nothing after `start`: a part of another version, or whole already
                 told = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", ""))
                 if told and int(told[1]) == start:
                     return _told_sha256(response)
@@ -115,9 +112,7 @@ def _attempt(job: Job, part: Path, report: Report, stop: threading.Event, timeou
             if response.status_code in RETRY_STATUS:
                 raise _Retry(f"the server answered {response.status_code}")
             if response.status_code not in (200, 206):
-                raise InputError(
-                    f"{job.url} answered {response.status_code} {response.reason}; check the name"
-                )
+                raise InputError(f"{job.url} answered {response.status_code} {response.reason}; check the name")
             if start and response.status_code == 200:  # no ranges here
                 _discard(part, report)
                 start = 0
@@ -133,6 +128,8 @@ def _attempt(job: Job, part: Path, report: Report, stop: threading.Event, timeou
     except requests.RequestException as error:
         raise _Retry(f"{type(error).__name__}: {str(error)[:200]}") from None
     got = part.stat().st_size
+    if size is not None and got > size:
+        raise ValueError(f"got {got:,} bytes, more than the {size:,} announced")
     if size is not None and got < size:
         raise _Retry(f"got {got:,} of {size:,} bytes")
     return told_hash
@@ -184,9 +181,7 @@ def fetch(
     """
     path, part = job.path, job.path.with_name(job.path.name + ".part")
     stop = stop or threading.Event()
-    locks = path.parent / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{path.name}.lock"):
+    with _locked(path, stop):
         if _is_whole(job):
             return path
         report(part.stat().st_size if part.exists() else 0, None)
@@ -210,14 +205,30 @@ def fetch(
                 reason = str(error)
             except OSError as error:
                 if error.errno == errno.ENOSPC:
-                    raise InputError(
-                        f"the disk of {path.parent} is full; free some space and run again"
-                    ) from None
+                    raise InputError(f"the disk of {path.parent} is full; free some space and run again") from None
                 raise
             if failures >= ATTEMPTS or mismatches >= 2:
                 raise InputError(f"cannot fetch {job.url}: {reason}; run again to go on") from None
             if stop.wait(backoff ** (failures + mismatches) if backoff else 0):
                 raise Interrupted
+
+
+@contextmanager
+def _locked(path: Path, stop: threading.Event) -> Iterator[None]:
+    """Hold the lock of a file, waiting for other processes as long as it takes or until `stop`."""
+    folder = path.parent / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{path.name}.lock")
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            if stop.is_set():
+                raise Interrupted from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _finish(part: Path, path: Path) -> None:
@@ -261,7 +272,7 @@ class _Progress:
 def fetch_all(
     jobs: Sequence[Job], workers: int = 4, *, backoff: float = BACKOFF_SECONDS, quiet: bool = False
 ) -> Mapping[Path, str]:
-    """Fetch many files side by side; the failed ones with the reason, by path. One failure stops no other file.
+    """Fetch many files side by side; returns why each failed one did. One failure stops no other file.
 
     Ctrl-C stops all at the next chunk; what has arrived stays as .part files for the next time.
     """
@@ -271,8 +282,7 @@ def fetch_all(
     executor = ThreadPoolExecutor(max_workers=workers)
     try:
         futures = [
-            executor.submit(fetch, job, report=progress.of(job.path), stop=stop, backoff=backoff)
-            for job in jobs
+            executor.submit(fetch, job, report=progress.of(job.path), stop=stop, backoff=backoff) for job in jobs
         ]
         for job, future in zip(jobs, futures, strict=True):
             try:

@@ -1,4 +1,4 @@
-"""Batches for pretraining: documents packed into rows by best fit, in an order that any run can go on with.
+"""Batches for pretraining: documents packed into rows by best fit, in an order any run can go on with.
 
 Every row has T+1 tokens and begins with a document's BOS. It is filled with the longest document that fits the
 rest of it, again and again; when none fits, with the beginning of the shortest, whose end is dropped. Nothing
@@ -25,9 +25,7 @@ from nanochat.data.sources import Source
 
 ENCODE_THREADS = 4
 MIN_ROWS = 64  # a unit is at least so many rows of tokens: the unfilled last row then loses under 2%
-UNITS_AHEAD = (
-    2  # packed units that wait for the consumer: it never waits for the tokeniser unless that is slower
-)
+UNITS_AHEAD = 2  # packed units that wait for the consumer: it never waits for the tokeniser unless that is slower
 
 Unit = tuple[int, int, np.ndarray]  # (epoch, first block, rows (N, T+1) int32; -1 = no token)
 
@@ -198,9 +196,7 @@ class PackingLoader:
             self._is_over = True
             raise item
         epoch, block, rows = item
-        if self._skip > len(rows) or (
-            self._skip and (epoch, block) != (self._cursor["epoch"], self._cursor["block"])
-        ):
+        if self._skip > len(rows) or (self._skip and (epoch, block) != (self._cursor["epoch"], self._cursor["block"])):
             raise InputError(f"cursor {self._cursor} does not fit the data; has the data set changed since?")
         self._rows, self._cursor = rows[self._skip :], {"epoch": epoch, "block": block, "row": self._skip}
         self._skip = 0
