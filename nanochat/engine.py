@@ -52,6 +52,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.cache_bytes = cache_bytes
+        self.vocab_size = tokenizer.get_vocab_size()
         specials = tokenizer.get_special_tokens()
         self.terminal = {tokenizer.encode_special(name) for name in TERMINAL if name in specials}
         self.terminal.add(tokenizer.get_bos_token_id())
@@ -185,6 +186,7 @@ class Engine:
                 logits = new_logits if logits is None else torch.cat((logits, new_logits))
                 active += new
             assert logits is not None and cache is not None
+            logits = logits[:, : self.vocab_size]  # the model may have padding ids that mean nothing
             sampled = sample(logits, temperature, top_k, [row.rng for row in active]).tolist()
             for row, token in zip(active, sampled, strict=True):
                 if not row.done:
