@@ -22,7 +22,7 @@ import torch
 import rustbpe
 from nanochat import chat
 from nanochat.config import InputError
-from nanochat.runtime import base_dir
+from nanochat.runtime import base_dir, hub_dir
 
 # GPT-4's pattern with digits by at most two instead of three, so that a small vocabulary does not spend
 # a thousand ids on numbers.
@@ -61,9 +61,7 @@ _SPACE_RUN = re.compile(r"\s{100,}")
 class Tokenizer:
     """Text to ids and back. `metadata` is a JSON-able note in the file: what the tokenizer was trained on."""
 
-    def __init__(
-        self, encoding: tiktoken.Encoding, bos_token: str, metadata: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, encoding: tiktoken.Encoding, bos_token: str, metadata: Mapping[str, Any] | None = None) -> None:
         self.encoding = encoding
         self.bos_token = bos_token
         self.metadata = dict(metadata or {})
@@ -107,9 +105,14 @@ class Tokenizer:
     def from_pretrained(cls, name: str) -> Tokenizer:
         """One of tiktoken's own ("gpt2", "cl100k_base", ...); its documents start with the end-of-text token.
 
+        Its vocabulary comes from TIKTOKEN_CACHE_DIR (tiktoken_cache/ of a hub mirror if unset) or the network.
+
         Raises:
             InputError: unknown, or its vocabulary is neither cached nor to be fetched.
         """
+        hub = hub_dir()
+        if hub is not None and (hub / "tiktoken_cache").is_dir():
+            os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(hub / "tiktoken_cache"))
         try:
             return cls(tiktoken.get_encoding(name), "<|endoftext|>")
         except (ValueError, OSError) as error:  # requests' errors are OSErrors
@@ -272,9 +275,7 @@ class Tokenizer:
     def render_for_completion(self, conversation: chat.Conversation, max_tokens: int = 2048) -> list[int]:
         return chat.render_for_completion(self, conversation, max_tokens)
 
-    def visualize_tokenization(
-        self, ids: Iterable[int], mask: Iterable[int], with_token_id: bool = False
-    ) -> str:
+    def visualize_tokenization(self, ids: Iterable[int], mask: Iterable[int], with_token_id: bool = False) -> str:
         return chat.visualize_tokenization(self, ids, mask, with_token_id)
 
 
