@@ -1,0 +1,162 @@
+"""Tasks over the embedded corpus: facts, sums, word problems, spelling, multiple choice, who the model is.
+
+Each has a "train" split of any size and a "test" split that shares no phrasing, operand pair or spelled word
+with it. Their scores are tinyworld's own and compare with no other benchmark.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from nanochat.config import InputError
+from nanochat.data.tinyworld import checks, conversation
+from tasks.common import Conversation, Task, evaluate_final_answer, evaluate_final_number, evaluate_letter
+
+TEST_SIZE = 200
+TRAIN_SIZE = 4096  # conversations, unless a size is asked for
+
+
+class TinyTask(Task):
+    """Conversations of some kinds, taking turns.
+
+    Args:
+        split: "train" or "test".
+        size: conversations; None = TRAIN_SIZE or TEST_SIZE.
+        first: index of the first one: two training sets do not overlap when their ranges do not.
+
+    Raises:
+        InputError: no such split.
+    """
+
+    kinds: ClassVar[tuple[str, ...]]
+
+    def __init__(self, split: str, size: int | None = None, first: int = 0, **slicing: Any) -> None:
+        super().__init__(**slicing)
+        if split not in ("train", "test"):
+            raise InputError(f"{type(self).__name__} has no split {split!r}; use train or test")
+        self.split, self.first = split, first
+        self.size = size if size is not None else (TRAIN_SIZE if split == "train" else TEST_SIZE)
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int) -> Conversation:
+        turn, which = divmod(self.first + index, len(self.kinds))
+        return conversation(self.kinds[which], self.split, turn)
+
+
+class TinyFacts(TinyTask):
+    """Questions about the world."""
+
+    kinds = ("facts",)
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        return checks.is_right_fact(conversation, response)
+
+
+class TinySums(TinyTask):
+    """Sums for the calculator."""
+
+    kinds = ("sums",)
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        return checks.is_right_sum(conversation, response)
+
+
+class TinyWordProblems(TinyTask):
+    """One or two steps of arithmetic in a little story, answered after `####`."""
+
+    kinds = ("word_problems",)
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        return evaluate_final_answer(conversation, response)
+
+    def evaluate_lenient(self, conversation: Conversation, response: str) -> bool:
+        return evaluate_final_number(conversation, response)
+
+
+class TinySpelling(TinyTask):
+    """Spell a word."""
+
+    kinds = ("spelling",)
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        return checks.is_right_spelling(conversation, response)
+
+
+class TinyMC(TinyTask):
+    """Choose one of four."""
+
+    kinds = ("multiple_choice",)
+    eval_type = "categorical"
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        return evaluate_letter(conversation, response)
+
+
+class TinyIdentity(TinyTask):
+    """Who the model is, and small talk."""
+
+    kinds = ("identity", "smalltalk")
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        return checks.is_right_talk(conversation, response)
+
+
+class TinyStories(TinyTask):
+    """A story on demand; right when it has the animal or the child that was asked for."""
+
+    kinds = ("stories",)
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        return checks.is_right_talk(conversation, response)
+
+
+class TinyDialogue(TinyTask):
+    """Chats of several exchanges; training text only, so nothing counts as right."""
+
+    kinds = ("dialogue",)
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        return False
+
+
+RL_TASK = TinyWordProblems
+
+# Conversations of each task in midtraining and in supervised fine-tuning.
+MID_ROWS: dict[type[TinyTask], int] = {
+    TinyFacts: 10_000,
+    TinySums: 5_000,
+    TinyWordProblems: 2_000,
+    TinySpelling: 5_000,
+    TinyMC: 8_000,
+    TinyIdentity: 2_000,
+    TinyStories: 600,
+    TinyDialogue: 3_000,
+}
+SFT_ROWS: dict[type[TinyTask], int] = {
+    TinyFacts: 3_000,
+    TinySums: 1_000,
+    TinyWordProblems: 500,
+    TinySpelling: 1_000,
+    TinyMC: 1_500,
+    TinyIdentity: 600,
+    TinyStories: 200,
+    TinyDialogue: 1_000,
+}
+VAL_ROWS = 100
+
+
+def mid_tasks() -> list[Task]:
+    """What midtraining on tinyworld learns."""
+    return [task("train", size=rows) for task, rows in MID_ROWS.items()]
+
+
+def sft_tasks() -> list[Task]:
+    """What supervised fine-tuning on tinyworld learns: other conversations than midtraining's."""
+    return [task("train", size=rows, first=MID_ROWS[task]) for task, rows in SFT_ROWS.items()]
+
+
+def val_tasks() -> list[Task]:
+    """The validation conversations of both stages: held out, and no part of the scored test sets."""
+    return [task("test", size=VAL_ROWS, first=TEST_SIZE) for task in MID_ROWS]
