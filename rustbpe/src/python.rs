@@ -56,7 +56,8 @@ impl Tokenizer {
         }
         let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN))?;
         let counts = count_all(py, &iterator.try_iter()?, &splitter, buffer_size)?;
-        log::info!("{} distinct chunks; learning {} merges", counts.len(), vocab_size - NUM_BYTES);
+        let found = format!("{} distinct chunks; learning {} merges", counts.len(), vocab_size - NUM_BYTES);
+        log_info(py, &found)?;
         let merges = merge_all(py, &counts, vocab_size)?;
         self.vocab = Vocab::new(&merges)?;
         self.splitter = splitter;
@@ -78,13 +79,12 @@ impl Tokenizer {
     }
 
     fn encode(&self, py: Python<'_>, text: &Bound<'_, PyString>) -> PyResult<Vec<u32>> {
-        let text = text.to_string_lossy();
-        let text: &str = &text;
-        Ok(py.detach(|| self.encode_text(text))?)
+        let text = to_rust(text)?;
+        Ok(py.detach(|| self.encode_text(&text))?)
     }
 
     fn batch_encode(&self, py: Python<'_>, texts: Vec<Bound<'_, PyString>>) -> PyResult<Vec<Vec<u32>>> {
-        let texts: Vec<String> = texts.iter().map(|t| t.to_string_lossy().into_owned()).collect();
+        let texts = texts.iter().map(to_rust).collect::<PyResult<Vec<String>>>()?;
         let encode_all = || texts.par_iter().map(|text| self.encode_text(text)).collect();
         let ids: Result<_, BpeError> = py.detach(encode_all);
         Ok(ids?)
@@ -119,15 +119,12 @@ fn count_all(
             }
             Ok(counts)
         });
-        let mut num_texts = 0;
         loop {
             py.check_signals()?;
             let texts = next_texts(iterator, buffer_size)?;
             if texts.is_empty() {
                 break;
             }
-            num_texts += texts.len();
-            log::debug!("{num_texts} texts read");
             if py.detach(|| sender.send(texts)).is_err() {
                 break; // the counter has failed; its error comes out of join
             }
@@ -140,7 +137,16 @@ fn count_all(
     })
 }
 
-/// The next `buffer_size` texts, fewer at the end. Lone surrogates, which UTF-8 cannot hold, become U+FFFD.
+/// A str as UTF-8. Surrogates, which UTF-8 cannot hold, are joined to pairs; lone ones become U+FFFD.
+fn to_rust(text: &Bound<'_, PyString>) -> PyResult<String> {
+    if let Ok(text) = text.to_cow() {
+        return Ok(text.into_owned());
+    }
+    let utf16 = text.call_method1("encode", ("utf-16", "surrogatepass"))?;
+    utf16.call_method1("decode", ("utf-16", "replace"))?.extract()
+}
+
+/// The next `buffer_size` texts, fewer at the end.
 fn next_texts(iterator: &Bound<'_, PyIterator>, buffer_size: usize) -> PyResult<Vec<String>> {
     let mut texts = Vec::new();
     while texts.len() < buffer_size {
@@ -150,41 +156,47 @@ fn next_texts(iterator: &Bound<'_, PyIterator>, buffer_size: usize) -> PyResult<
             let kind = item.get_type();
             return Err(PyTypeError::new_err(format!("the iterator must yield str, not {kind}")));
         };
-        texts.push(text.to_string_lossy().into_owned());
+        texts.push(to_rust(text)?);
     }
     Ok(texts)
 }
 
 /// Train with the GIL released, log each percent, and stop when Python holds a signal such as Ctrl-C.
 fn merge_all(py: Python<'_>, counts: &ChunkCounts, vocab_size: u32) -> PyResult<Vec<Pair>> {
-    let mut signal = None;
+    let mut python_error = None;
     let mut last_check = Instant::now();
     let on_merge = |done: usize, planned: usize| {
         let percent = |done: usize| done * 100 / planned;
-        if percent(done) > percent(done - 1) {
-            log::info!("merges: {}% ({done}/{planned})", percent(done));
-        }
-        if last_check.elapsed() >= SIGNAL_PERIOD {
+        let is_new_percent = percent(done) > percent(done - 1);
+        if is_new_percent || last_check.elapsed() >= SIGNAL_PERIOD {
             last_check = Instant::now();
-            signal = Python::attach(|py| py.check_signals()).err();
+            let outcome = Python::attach(|py| {
+                if is_new_percent {
+                    log_info(py, &format!("merges: {}% ({done}/{planned})", percent(done)))?;
+                }
+                py.check_signals()
+            });
+            python_error = outcome.err();
         }
-        if signal.is_some() {
-            Err(BpeError::Interrupted)
-        } else {
-            Ok(())
+        match python_error {
+            Some(_) => Err(BpeError::Interrupted),
+            None => Ok(()),
         }
     };
     let merges = py.detach(|| train(counts.iter(), vocab_size, on_merge));
-    match signal {
+    match python_error {
         Some(error) => Err(error),
         None => Ok(merges?),
     }
 }
 
+/// `logging.getLogger("rustbpe").info(message)`. Its errors count: a signal may arrive inside of it.
+fn log_info(py: Python<'_>, message: &str) -> PyResult<()> {
+    let logger = py.import("logging")?.call_method1("getLogger", ("rustbpe",))?;
+    logger.call_method1("info", (message,)).map(drop)
+}
+
 #[pymodule]
-fn rustbpe(py: Python<'_>, module: &Bound<'_, PyModule>) -> PyResult<()> {
-    // Caching::Loggers, not levels: a level set after this import counts. Installed twice is fine.
-    let logger = pyo3_log::Logger::new(py, pyo3_log::Caching::Loggers)?;
-    let _ = logger.install();
+fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Tokenizer>()
 }
