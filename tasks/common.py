@@ -34,7 +34,6 @@ class Task:
 
     # "categorical": the letter whose logit is highest right after the prompt; "generative": sampled text
     eval_type: Literal["categorical", "generative"] = "generative"
-    has_lenient_rule = False  # is evaluate_lenient another rule than evaluate
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         if start < 0 or (stop is not None and stop < 0) or step < 1:
@@ -59,6 +58,10 @@ class Task:
     def evaluate_lenient(self, conversation: Conversation, response: str) -> bool:
         """A kinder rule, where a task has one; reported beside the headline figure, never in its place."""
         return self.evaluate(conversation, response)
+
+    @property
+    def has_lenient_rule(self) -> bool:
+        return type(self).evaluate_lenient is not Task.evaluate_lenient
 
     def reward(self, conversation: Conversation, response: str) -> float:
         """What reinforcement learning maximises."""

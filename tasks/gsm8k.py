@@ -30,8 +30,6 @@ class GSM8K(HubTask):
     """Right is the same text after `#### ` as in the reference (without commas), as in published figures. The
     lenient rule is the same number, so that "18.00" answers 18."""
 
-    has_lenient_rule = True
-
     def __init__(self, subset: str, split: str, **slicing: Any) -> None:
         super().__init__("openai/gsm8k", subset, split, **slicing)
 

@@ -155,8 +155,6 @@ class GeneratedTask(Task):
 class SpellingBee(GeneratedTask):
     """How often is a letter in a word? The answer counts by hand, then checks itself with the tool."""
 
-    has_lenient_rule = True
-
     def __init__(self, size: int = 1000, split: str = "train", **slicing: Any) -> None:
         super().__init__(size, split, **slicing)
 
