@@ -56,7 +56,8 @@ def handler_of(state: Server) -> type[http.server.BaseHTTPRequestHandler]:
                 return
             self.send_response(206 if start else 200)
             if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                told = start - 10 if fault == "wrong range" else start
+                self.send_header("Content-Range", f"bytes {told}-{len(content) - 1}/{len(content)}")
             if fault != "no length":
                 self.send_header("Content-Length", str(len(content) - start))
             if state.etag:
@@ -126,6 +127,14 @@ def test_a_part_that_was_complete_is_only_verified(server: Server, tmp_path: Pat
 def test_a_part_longer_than_the_file_is_thrown_away(server: Server, tmp_path: Path) -> None:
     (tmp_path / "a.bin.part").write_bytes(CONTENT + b"more")
     fetch(Job(server.url + "a.bin", tmp_path / "a.bin"), backoff=0)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+
+
+def test_an_answer_for_another_range_is_not_appended(server: Server, tmp_path: Path) -> None:
+    server.faults = ["wrong range"]
+    (tmp_path / "a.bin.part").write_bytes(CONTENT[:1000])
+    fetch(Job(server.url + "a.bin", tmp_path / "a.bin"), backoff=0)
+    assert [r for _, r in server.requests] == ["bytes=1000-"] * 2
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
 
 

@@ -128,9 +128,7 @@ def _attempt(job: Job, part: Path, report: Report, stop: threading.Event, timeou
     except requests.RequestException as error:
         raise _Retry(f"{type(error).__name__}: {str(error)[:200]}") from None
     got = part.stat().st_size
-    if size is not None and got > size:
-        raise ValueError(f"got {got:,} bytes, more than the {size:,} announced")
-    if size is not None and got < size:
+    if size is not None and got != size:
         raise _Retry(f"got {got:,} of {size:,} bytes")
     return told_hash
 
