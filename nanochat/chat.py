@@ -55,9 +55,7 @@ def check_conversation(conversation: Any, where: str = "") -> None:
         expected = "assistant" if i % 2 else "user"
         name = f"message {i + offset}"
         if message["role"] != expected:
-            refuse(
-                f"{name}: role is {message['role']!r} where {expected!r} is due (they take turns, user first)"
-            )
+            refuse(f"{name}: role is {message['role']!r}, not {expected!r} (they take turns, user first)")
         reason = _content_fault(message["content"], parts_allowed=expected == "assistant")
         if reason:
             refuse(f"{name} ({expected}): {reason}")
@@ -129,9 +127,7 @@ def render_conversation(
     return ids[:max_tokens], mask[:max_tokens]
 
 
-def render_for_completion(
-    tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
-) -> list[int]:
+def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048) -> list[int]:
     """The ids up to where the last assistant message would begin: the prompt that asks the model for it.
 
     The prompt is cut to `max_tokens` before `<|assistant_start|>` is appended.
@@ -142,9 +138,7 @@ def render_for_completion(
     check_conversation(conversation)
     *prompt, last = conversation["messages"]
     if last["role"] != "assistant":
-        raise InputError(
-            f"the last message must be the assistant's, which is left out, not {last['role']!r}'s"
-        )
+        raise InputError(f"the last message must be the assistant's, which is left out, not {last['role']!r}'s")
     ids, _ = render_conversation(tokenizer, {"messages": prompt}, max_tokens)
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
