@@ -18,7 +18,6 @@ from scripts import chat_eval
 from tasks.common import Task, evaluate_letter, mc_conversation
 from tasks.registry import BASELINES, EVAL_TASKS, REAL, TINYWORLD, eval_task, rl_tasks
 
-
 RT = Runtime(torch.device("cpu"), torch.float32)
 
 

@@ -356,7 +356,7 @@ def test_own_conversations_may_be_lists_or_objects_and_blank_lines_are_skipped(t
         ('{"text": "hi"}', "messages"),
         ("7", "messages"),
         ("[]", "at least one message"),
-        (json.dumps(TALK[::-1]), "'user' is due"),
+        (json.dumps(TALK[::-1]), "'user'"),
         (json.dumps(TALK[:1]), "no answer to learn"),
         (json.dumps([TALK[0], {"role": "assistant", "content": 5}]), "content must be"),
         ('["a", "b"]', "role and content"),
