@@ -68,11 +68,11 @@ def switch_off():
                 setattr(module, name, refuse(f"os.{name}"))
     for name in SHUTIL_FUNCTIONS:
         setattr(shutil, name, refuse(f"shutil.{name}"))
-    subprocess.Popen = refuse("subprocess.Popen")
+    subprocess.Popen = refuse("subprocess.Popen")  # type: ignore[misc]
     for name in ("exit", "quit", "help"):
         setattr(builtins, name, refuse(name))
     for name in BLOCKED_MODULES:
-        sys.modules[name] = None
+        sys.modules[name] = None  # type: ignore[assignment]
 
 
 def watch(root):
