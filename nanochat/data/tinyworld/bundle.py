@@ -18,21 +18,57 @@ from nanochat.data.tinyworld.relations import relation
 
 NUM_ITEMS = 80
 COLUMNS = (
-    "Eval Task", "Task Category", "Task Type", "#shots", "#datapoints", "Random baseline", "Centered Metric?", "Description",
-)  # fmt: skip
+    "Eval Task",
+    "Task Category",
+    "Task Type",
+    "#shots",
+    "#datapoints",
+    "Random baseline",
+    "Centered Metric?",
+    "Description",
+)
 Item = dict[str, Any]
 
 # label -> (item format, relations, random baseline in percent, what it asks)
 TASKS: dict[str, tuple[str, tuple[str, ...], int, str]] = {
-    "tinyworld_places": ("language_modeling", ("capital", "country", "continent"), 0, "Complete a fact about a country."),
-    "tinyworld_calendar": ("language_modeling", ("next_day", "previous_day", "next_month", "previous_month", "tomorrow_from_yesterday"), 0,
-                           "Complete a fact about days and months."),
-    "tinyworld_words": ("language_modeling", ("opposite", "plural", "past"), 0, "Complete an opposite, a plural or a past tense."),
+    "tinyworld_places": (
+        "language_modeling",
+        ("capital", "country", "continent"),
+        0,
+        "Complete a fact about a country.",
+    ),
+    "tinyworld_calendar": (
+        "language_modeling",
+        ("next_day", "previous_day", "next_month", "previous_month", "tomorrow_from_yesterday"),
+        0,
+        "Complete a fact about days and months.",
+    ),
+    "tinyworld_words": (
+        "language_modeling",
+        ("opposite", "plural", "past"),
+        0,
+        "Complete an opposite, a plural or a past tense.",
+    ),
     "tinyworld_equations": ("language_modeling", ("equation",), 0, "Solve an equation that training does not have."),
-    "tinyworld_science_mc": ("multiple_choice", ("symbol", "element", "planet_number", "color", "sides"), 25, "Choose the end of a fact of science."),
-    "tinyworld_animals_mc": ("multiple_choice", ("sound", "young", "home", "legs", "animal_class"), 25, "Choose the end of a fact about an animal."),
-    "tinyworld_subjects": ("schema", ("capital", "symbol", "opposite", "next_month"), 50, "Choose the beginning that fits an end."),
-}  # fmt: skip
+    "tinyworld_science_mc": (
+        "multiple_choice",
+        ("symbol", "element", "planet_number", "color", "sides"),
+        25,
+        "Choose the end of a fact of science.",
+    ),
+    "tinyworld_animals_mc": (
+        "multiple_choice",
+        ("sound", "young", "home", "legs", "animal_class"),
+        25,
+        "Choose the end of a fact about an animal.",
+    ),
+    "tinyworld_subjects": (
+        "schema",
+        ("capital", "symbol", "opposite", "next_month"),
+        50,
+        "Choose the beginning that fits an end.",
+    ),
+}
 
 
 def _draw(rng: random.Random, names: tuple[str, ...]) -> tuple[Any, str, str, str]:
@@ -64,10 +100,12 @@ def _schema(rng: random.Random, names: tuple[str, ...]) -> Item:
     """Which of two beginnings goes with the end: "The capital of Italy" or "... of Spain" before "is Rome."?"""
     found = relation(rng.choice(names))
     (subject, answer), (other, _) = rng.sample(found.facts, 2)
-    options = [fill(f"{noun}", subject) for noun in (found.nouns[1],)] + [fill(found.nouns[1], other)]
+    template = rng.choice([t for t in statement_templates(found, "test") if t.endswith(" is {o}.")])
+    start = template.removesuffix(" is {o}.")
     gold = rng.randrange(2)
-    options = options if gold == 0 else options[::-1]
-    return {"context_options": [f"In one word, {o}" for o in options], "continuation": f"is {answer}.", "gold": gold}
+    subjects = (subject, other) if gold == 0 else (other, subject)
+    options = [fill(start, s) for s in subjects]
+    return {"context_options": options, "continuation": f"is {answer}.", "gold": gold}
 
 
 _MAKERS = {"language_modeling": _completion, "multiple_choice": _choice, "schema": _schema}

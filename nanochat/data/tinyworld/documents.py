@@ -80,7 +80,7 @@ def _entries() -> list[tuple[str, list[list[str]]]]:
     found: dict[tuple[str, str], list[list[str]]] = {}
     for relation in relations():
         if relation.entity:
-            for (subject, _), sentences in zip(relation.facts, _sentences(relation)):
+            for (subject, _), sentences in zip(relation.facts, _sentences(relation), strict=True):
                 found.setdefault((relation.entity, subject), []).append(sentences)
     return [
         (subject.capitalize() if subject.islower() else subject, by)
@@ -165,13 +165,16 @@ def _story(rng: random.Random) -> str:
 
 
 FIXED_LISTS = (
-    (("The planets of the solar system are:", "The planets are:", "The eight planets of the solar system are:"), ", ".join(world.PLANETS)),
+    (
+        ("The planets of the solar system are:", "The planets are:", "The eight planets of the solar system are:"),
+        ", ".join(world.PLANETS),
+    ),
     (("The days of the week are:", "The seven days are:", "The days are:"), ", ".join(world.DAYS)),
     (("The months of the year are:", "The twelve months are:", "The months are:"), ", ".join(world.MONTHS)),
     (("The seasons are:", "The four seasons of the year are:"), ", ".join(world.SEASONS)),
     (("The letters of the alphabet are:", "The alphabet:"), ", ".join(world.ALPHABET)),
     (("Some colors are:", "Here are some colors:"), ", ".join(world.COLORS)),
-)  # fmt: skip
+)
 
 
 def _lists(rng: random.Random) -> str:
@@ -219,7 +222,7 @@ def documents(split: str, block: int) -> list[str]:
     if not 0 <= block < NUM_BLOCKS[split]:
         raise InputError(f"tinyworld has no {split} block {block}; there are {NUM_BLOCKS[split]}")
     rng = random.Random(2 * block + (split == "val"))
-    writers, weights = zip(*MIXTURE)
+    writers, weights = zip(*MIXTURE, strict=True)
     result: list[str] = []
     while len(result) < BLOCK_SIZE:
         for writer in rng.choices(writers, weights, k=BLOCK_SIZE):

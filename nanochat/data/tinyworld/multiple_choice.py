@@ -10,12 +10,18 @@ from nanochat.data.tinyworld.relations import relations
 
 LETTERS = ("A", "B", "C", "D")
 # Questions that name their answer: they teach to find a choice and to give its letter, before any knowledge.
-FINDING = ("Which choice says {o}?", "Which of these is {o}?", "Find {o}.", "Which letter stands for {o}?", "Which line says {o}?")  # fmt: skip
+FINDING = (
+    "Which choice says {o}?",
+    "Which of these is {o}?",
+    "Find {o}.",
+    "Which letter stands for {o}?",
+    "Which line says {o}?",
+)
 
 
 def frame(question: str, choices: tuple[str, ...] | list[str]) -> str:
     """The prompt: the letter follows its choice with no space before it, so its token is the bare answer's."""
-    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, LETTERS))
+    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, LETTERS, strict=True))
     return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
 
 

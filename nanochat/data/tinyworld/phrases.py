@@ -103,6 +103,11 @@ def fill(template: str, subject: str, answer: str = "") -> str:
     return template
 
 
+def flip(facts: Pairs) -> Pairs:
+    """The same facts asked the other way round."""
+    return tuple((answer, subject) for subject, answer in facts)
+
+
 def is_held_out(first: int, second: int) -> bool:
     """Whether the combination of two parts' indices belongs to the test; (0, 0) never does."""
     return (first + 2 * second + 1) % 5 == 0
@@ -116,7 +121,8 @@ def wants_one_word(question: str) -> bool:
 def question_templates(relation: Relation, split: str) -> tuple[str, ...]:
     """All ways to ask, "train" or "test", with the subject's slot left open."""
     pairs = ((f, n) for f in range(len(QUESTION_FRAMES)) for n in range(len(relation.nouns)))
-    chosen = [(f, n) for f, n in pairs if is_held_out(f, n) == (split == "test")]
+    # the first frame stands inside longer ones ("What is ...? Answer in one word."), so it is never held out
+    chosen = [(f, n) for f, n in pairs if (f > 0 and is_held_out(f, n)) == (split == "test")]
     framed = [_frame(QUESTION_FRAMES[f], relation.nouns[n]) for f, n in chosen]
     if split == "train":
         return (*framed, *relation.questions)
@@ -138,7 +144,8 @@ def statement_templates(relation: Relation, split: str) -> tuple[str, ...]:
     result = []
     for i, sentence in enumerate(sentences):
         for j, opener in enumerate(OPENERS):
-            if is_held_out(j, i) == (split == "test"):
+            # a sentence without an opener stands inside those with one, so it is never held out
+            if (bool(opener) and is_held_out(j, i)) == (split == "test"):
                 joined = f"{opener} {_uncapitalize(sentence)}." if opener else capitalize(sentence) + "."
                 result.append(joined)
     return tuple(result) if split == "test" else (*result, *relation.statements)

@@ -159,16 +159,58 @@ NOTHING = ("",)
 THEMES = (
     Theme("gain", "+", HAVE, GAIN, HOW_MANY),
     Theme("lose", "-", HAVE, LOSE, HOW_MANY),
-    Theme("groups", "*", GROUPS, NOTHING, (*HOW_MANY[::3], "How many {x} are there in all?", "How many {x} does {n} have in all?")),
-    Theme("price", "*", PRICES, NOTHING, ("How many dollars does {n} pay?", "How much does {n} pay in all?", "What is the price of all the {x}?")),
-    Theme("pages", "*", EACH_DAY, NOTHING, ("How many pages does {n} read in all?", "How many pages is that?", "What is the number of pages that {n} reads?")),
-    Theme("gain_lose", "+-", HAVE, tuple(f"{g} {l}" for g, l in zip(GAIN, LOSE_C[1:] + LOSE_C[:1])), HOW_MANY),
-    Theme("lose_gain", "-+", HAVE, tuple(f"{l} {g}" for l, g in zip(LOSE, GAIN_C[2:] + GAIN_C[:2])), HOW_MANY),
+    Theme(
+        "groups",
+        "*",
+        GROUPS,
+        NOTHING,
+        (*HOW_MANY[::3], "How many {x} are there in all?", "How many {x} does {n} have in all?"),
+    ),
+    Theme(
+        "price",
+        "*",
+        PRICES,
+        NOTHING,
+        ("How many dollars does {n} pay?", "How much does {n} pay in all?", "What is the price of all the {x}?"),
+    ),
+    Theme(
+        "pages",
+        "*",
+        EACH_DAY,
+        NOTHING,
+        (
+            "How many pages does {n} read in all?",
+            "How many pages is that?",
+            "What is the number of pages that {n} reads?",
+        ),
+    ),
+    Theme(
+        "gain_lose",
+        "+-",
+        HAVE,
+        tuple(f"{gain} {lose}" for gain, lose in zip(GAIN, LOSE_C[1:] + LOSE_C[:1], strict=True)),
+        HOW_MANY,
+    ),
+    Theme(
+        "lose_gain",
+        "-+",
+        HAVE,
+        tuple(f"{lose} {gain}" for lose, gain in zip(LOSE, GAIN_C[2:] + GAIN_C[:2], strict=True)),
+        HOW_MANY,
+    ),
     Theme("groups_gain", "*+", GROUPS, GAIN_C, HOW_MANY),
     Theme("groups_lose", "*-", GROUPS, LOSE_C, HOW_MANY),
-    Theme("more_than", "++", HAVE, ("{m} has {b} more than {n}, and {f} has {c} more than {m}.", "{m} has {b} {x} more than {n}. {f} has {c} more than {m}."),
-          ("How many {x} does {f} have?", "What is the number of {x} that {f} has?", "How many {x} are {f}'s?")),
-)  # fmt: skip
+    Theme(
+        "more_than",
+        "++",
+        HAVE,
+        (
+            "{m} has {b} more than {n}, and {f} has {c} more than {m}.",
+            "{m} has {b} {x} more than {n}. {f} has {c} more than {m}.",
+        ),
+        ("How many {x} does {f} have?", "What is the number of {x} that {f} has?", "How many {x} are {f}'s?"),
+    ),
+)
 ASIDES = (
     "{n} is {d} years old.",
     "It is day {d} of the month.",
@@ -234,7 +276,7 @@ def word_problem(rng: random.Random, split: str) -> tuple[str, list[Part], int]:
 
 def _result(numbers: list[int], ops: str) -> int:
     result = numbers[0]
-    for op, number in zip(ops, numbers[1:]):
+    for op, number in zip(ops, numbers[1:], strict=True):
         result = compute(result, op, number)
     return result
 
@@ -243,7 +285,7 @@ def _work(numbers: list[int], ops: str) -> list[Part]:
     """GSM8K's form: every step is text, a tool call and its output; the last line is `#### result`."""
     parts: list[Part] = []
     total, lead = numbers[0], ""
-    for op, number in zip(ops, numbers[1:]):
+    for op, number in zip(ops, numbers[1:], strict=True):
         step = compute(total, op, number)
         parts.append({"type": "text", "text": f"{lead}{total} {op} {number} = "})
         parts += tool_call(f"{total}{op}{number}", step)

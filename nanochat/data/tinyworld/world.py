@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 Pairs = tuple[tuple[str, str], ...]
 
 
@@ -197,15 +199,16 @@ ITEMS = (
 )
 
 
-def _after(cycle: tuple[str, ...], step: int) -> Pairs:
+def after(cycle: tuple[str, ...], step: int) -> Pairs:
+    """Every name of a cycle with the one `step` places on."""
     return tuple((name, cycle[(i + step) % len(cycle)]) for i, name in enumerate(cycle))
 
 
-NEXT_DAY, PREVIOUS_DAY, DAY_AFTER_NEXT = _after(DAYS, 1), _after(DAYS, -1), _after(DAYS, 2)
-NEXT_MONTH, PREVIOUS_MONTH, NEXT_SEASON = _after(MONTHS, 1), _after(MONTHS, -1), _after(SEASONS, 1)
-NEXT_PLANET = tuple(zip(PLANETS, PLANETS[1:]))  # the row of planets has ends, unlike the week
-NEXT_LETTER = tuple(zip(ALPHABET, ALPHABET[1:]))
-PREVIOUS_LETTER = tuple(zip(ALPHABET[1:], ALPHABET))
+NEXT_DAY, PREVIOUS_DAY, DAY_AFTER_NEXT = after(DAYS, 1), after(DAYS, -1), after(DAYS, 2)
+NEXT_MONTH, PREVIOUS_MONTH, NEXT_SEASON = after(MONTHS, 1), after(MONTHS, -1), after(SEASONS, 1)
+NEXT_PLANET = tuple(pairwise(PLANETS))  # the row of planets has ends, unlike the week
+NEXT_LETTER = tuple(pairwise(ALPHABET))
+PREVIOUS_LETTER = tuple((after, before) for before, after in NEXT_LETTER)
 NEXT_NUMBER = tuple((str(n), str(n + 1)) for n in range(100))
 PREVIOUS_NUMBER = tuple((str(n), str(n - 1)) for n in range(1, 101))
 NUMBER_WORDS = tuple((str(n), number_word(n)) for n in range(101))
