@@ -115,10 +115,13 @@ class Tokenizer:
             os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(hub / "tiktoken_cache"))
         try:
             return cls(tiktoken.get_encoding(name), "<|endoftext|>")
-        except (ValueError, OSError) as error:  # requests' errors are OSErrors
+        except OSError as error:  # requests' errors are OSErrors, several lines long
             raise InputError(
-                f"tiktoken cannot give {name}: {error}; set TIKTOKEN_CACHE_DIR to a folder that holds it"
+                f"tiktoken has no {name} in its cache and cannot fetch it ({type(error).__name__}); "
+                "set TIKTOKEN_CACHE_DIR to a folder that holds it"
             ) from error
+        except ValueError as error:
+            raise InputError(f"tiktoken cannot give {name}: {str(error).splitlines()[0]}") from error
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:

@@ -21,7 +21,7 @@ from nanochat.tok_eval_texts import TEXTS
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
 BASELINES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
-FETCH_SECONDS = 20.0  # a vocabulary is 1-2 MB; without a network the stage goes on after this
+FETCH_SECONDS = 20.0  # the vocabularies are some 3 MB; without a network the stage goes on after this
 ROW_PREFIXES = {"fineweb-edu": "fwe"}  # the name the tables always had
 
 
@@ -76,21 +76,23 @@ def count_tokens(tokenizer: Tokenizer, texts: Mapping[str, str], who: str) -> di
     return counts
 
 
-def fetch(encoding_name: str, seconds: float = FETCH_SECONDS) -> Tokenizer | str:
-    """One of tiktoken's tokenizers, or why it cannot be had. Never waits longer than `seconds`."""
-    result: list[Tokenizer | str] = []
+def fetch(baselines: Mapping[str, str], seconds: float = FETCH_SECONDS) -> dict[str, Tokenizer | str]:
+    """tiktoken's tokenizers by the baseline's name, or why one cannot be had. Waits `seconds` at the most."""
+    found: dict[str, Tokenizer | str] = {}
 
     def work() -> None:
-        try:
-            result.append(Tokenizer.from_pretrained(encoding_name))
-        except InputError as error:
-            result.append(str(error))
+        for name, encoding_name in baselines.items():
+            try:
+                found[name] = Tokenizer.from_pretrained(encoding_name)
+            except InputError as error:
+                found[name] = str(error)
 
     # a daemon: a connection that hangs must not hold up the end of the process
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
-    return result[0] if result else f"tiktoken did not get {encoding_name} within {seconds:.0f} s"
+    late = f"its vocabulary did not arrive within {seconds:g} s"
+    return {name: found.get(name, late) for name in baselines}
 
 
 def format_table(baseline: str, rows: Sequence[Row]) -> str:
@@ -115,7 +117,7 @@ def run(cfg: TokEvalConfig) -> str:
     tokenizer = get_tokenizer()
     dataset = tokenizer.metadata.get("dataset")
     texts = TEXTS | (data_texts(dataset) if dataset else {})
-    baselines = {name: fetch(encoding_name) for name, encoding_name in BASELINES.items()}
+    baselines = fetch(BASELINES)
     for name, baseline in baselines.items():
         if isinstance(baseline, Tokenizer):
             runtime.print0(f"{name}: {baseline.get_vocab_size()}")

@@ -187,7 +187,7 @@ def test_the_last_two_rows_are_the_first_block_of_each_split(dataset, prefix):
 
 def test_tok_eval_reports_seven_rows_for_each_baseline(base_dir, monkeypatch, capsys):
     bytes_only = Tokenizer.from_ranks([bytes([byte]) for byte in range(256)])
-    monkeypatch.setattr(tok_eval, "fetch", lambda name: bytes_only)
+    monkeypatch.setattr(tok_eval, "fetch", lambda names: dict.fromkeys(names, bytes_only))
     ours = train()
     tok_eval.main([])
     section = (base_dir / "report" / "tokenizer-evaluation.md").read_text(encoding="utf-8")
@@ -212,8 +212,14 @@ def test_without_the_vocabularies_the_report_says_so_and_the_stage_goes_on(base_
 
 
 def test_a_vocabulary_that_does_not_arrive_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(Tokenizer, "from_pretrained", lambda name: time.sleep(0.5))
-    assert tok_eval.fetch("gpt2", seconds=0.01) == "tiktoken did not get gpt2 within 0 s"
+    def slow_network(name):
+        if name == "cl100k_base":
+            time.sleep(0.5)
+        return name
+
+    monkeypatch.setattr(Tokenizer, "from_pretrained", slow_network)
+    found = tok_eval.fetch({"GPT-2": "gpt2", "GPT-4": "cl100k_base"}, seconds=0.1)
+    assert found == {"GPT-2": "gpt2", "GPT-4": "its vocabulary did not arrive within 0.1 s"}
 
 
 def test_a_tokenizer_that_loses_text_is_refused(monkeypatch):

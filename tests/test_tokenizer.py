@@ -2,6 +2,7 @@ import json
 import os
 
 import pytest
+import tiktoken
 import torch
 
 import rustbpe
@@ -179,6 +180,16 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tokenizer, tmp_p
 def test_a_pretrained_name_that_does_not_exist_is_refused():
     with pytest.raises(InputError, match="tiktoken cannot give gpt-nothing"):
         Tokenizer.from_pretrained("gpt-nothing")
+
+
+def test_a_vocabulary_that_cannot_be_fetched_is_told_in_one_line(monkeypatch):
+    def no_network(name):
+        raise ConnectionError("many\nlines")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    with pytest.raises(InputError, match=r"cannot fetch it \(ConnectionError\); set TIKTOKEN_CACHE_DIR") as error:
+        Tokenizer.from_pretrained("gpt2")
+    assert "\n" not in str(error.value)
 
 
 def test_gpt2_from_the_hub_mirror_starts_documents_with_its_end_of_text(monkeypatch, request):
