@@ -20,7 +20,6 @@ import torch
 from nanochat import checkpoint, runtime, scaling
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.conversations import PaddedConversations
-from nanochat.engine import Engine
 from nanochat.evals.chat import evaluate_task
 from nanochat.optim import build_optimizer
 from nanochat.report import get_report
@@ -172,11 +171,11 @@ def run(cfg: ChatSFTConfig) -> LoopState:
         if state.step == 0:
             return
         model.eval()
-        engine = Engine(model, tokenizer)
         for task in mixtures.SFT_METRICS[name]:
             result = evaluate_task(
                 eval_task(task),
-                engine,
+                model,
+                tokenizer,
                 rt,
                 batch_size=2 * cfg.device_batch_size,
                 max_problems=cfg.eval_metrics_max_problems,
