@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,10 +174,11 @@ async def _events(pool: Pool, ids: list[int], sampling: Sampling) -> AsyncIterat
         )
         text = StreamingDecoder(engine.tokenizer, AS_TOKENS)
         # A cancelled wait still lets the thread finish its token, so the worker is idle when it goes back.
-        while (column := await run_in_threadpool(next, stream, None)) is not None:
-            num_tokens += 1
-            if piece := text.feed(column[0][0]):
-                yield _event(token=piece, gpu=worker.gpu_id)
+        with closing(stream):
+            while (column := await run_in_threadpool(next, stream, None)) is not None:
+                num_tokens += 1
+                if piece := text.feed(column[0][0]):
+                    yield _event(token=piece, gpu=worker.gpu_id)
         if piece := text.flush():
             yield _event(token=piece, gpu=worker.gpu_id)
         yield _event(done=True)
