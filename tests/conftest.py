@@ -1,0 +1,79 @@
+"""What every test stands on: no home folder, fp32 on two threads, no launcher's or user's environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from nanochat import runtime
+from nanochat.gpt import GPT, GPTConfig
+
+HUB = Path(__file__).parent.parent.parent / "shared" / "hub"
+FOREIGN = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("NANOCHAT_HUB_DIR", "NANOCHAT_AQUA_DIR", "AQUA_DATA_DIR"),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_foreign_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For the fixtures that live longer than a test."""
+    torch.set_num_threads(2)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FOREIGN:
+            patch.delenv(name, raising=False)
+        patch.setenv("NANOCHAT_DTYPE", "float32")
+        patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("base")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def hub() -> Path:
+    """Real data, laid out like the hub."""
+    if not HUB.is_dir():
+        pytest.skip("needs the hub mirror at ../shared/hub")
+    return HUB
+
+
+def tiny_gpt(seed: int = 0, std: float | None = 0.2, **sizes: Any) -> GPT:
+    """2 layers of width 32, 4 heads, vocabulary 50. Random in every weight unless std is None: with the model's own
+    initialisation the blocks write nothing and all logits are 0, which hides most mistakes."""
+    torch.manual_seed(seed)
+    defaults = dict(sequence_len=16, vocab_size=50, n_layer=2, n_head=4, n_kv_head=4, n_embd=32)
+    model = GPT(GPTConfig(**{**defaults, **sizes}))
+    model.init_weights()
+    if std is not None:
+        for p in model.parameters():
+            torch.nn.init.normal_(p, 0.0, std)
+    return model
+
+
+def on_two_ranks(worker: Callable[..., None], *args: Any) -> None:
+    """worker(rt, *args) in two gloo processes on this machine. It must be importable: a function of a test file."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, worker, args), nprocs=2)
+
+
+def _rank(rank: int, port: int, worker: Callable[..., None], args: tuple[Any, ...]) -> None:
+    launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in launcher.items()})
+    torch.set_num_threads(1)
+    rt = runtime.start("cpu")
+    try:
+        worker(rt, *args)
+    finally:
+        runtime.stop()
