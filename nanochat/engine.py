@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,7 +67,7 @@ class Engine:
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 42,
-    ) -> Iterator[tuple[list[int], list[int]]]:
+    ) -> Generator[tuple[list[int], list[int]], None, None]:
         """Stream continuations of one prompt, a column of `num_samples` tokens at a time.
 
         Ends when every row has met <|assistant_end|> or <|bos|>, or after `max_tokens` columns (None = until
@@ -90,7 +90,9 @@ class Engine:
         rows = self._rows([tokens] * num_samples, max_tokens, seed)
         return self._columns(rows, temperature, top_k)
 
-    def _columns(self, rows: list[Row], temperature: float, top_k: int | None) -> Iterator[tuple[list[int], list[int]]]:
+    def _columns(
+        self, rows: list[Row], temperature: float, top_k: int | None
+    ) -> Generator[tuple[list[int], list[int]], None, None]:
         column = 0
         for _ in self._decode(rows, temperature, top_k, slots=len(rows)):
             fresh = [len(row.ids) > column for row in rows]

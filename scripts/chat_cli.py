@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 from nanochat import runtime
 from nanochat.config import InputError, flag, run_cli
@@ -47,7 +47,7 @@ class Chat:
 
     def __init__(self, engine: Engine, cfg: ChatCliConfig, out: TextIO) -> None:
         self.engine, self.cfg, self.out = engine, cfg, out
-        self.messages: list[dict[str, object]] = []
+        self.messages: list[dict[str, Any]] = []
 
     def say(self, text: str) -> None:
         self.out.write(text)
@@ -61,7 +61,7 @@ class Chat:
         """
         cfg, tokenizer = self.cfg, self.engine.tokenizer
         context = self.engine.model.config.sequence_len
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages: list[dict[str, Any]] = [*self.messages, {"role": "user", "content": text}]
         ids, dropped = fit_prompt(tokenizer, messages, context, min(cfg.max_tokens, context // 4))
         if dropped:
             self.say(f"(the context of {context} tokens is full: the oldest {dropped} messages are forgotten)\n")

@@ -11,7 +11,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,15 +95,16 @@ class Pool:
 class EventStream(StreamingResponse):
     """Server-sent events whose generator is closed as soon as the client is gone, wherever it stands."""
 
-    def __init__(self, events: AsyncIterator[str], headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        self.events = events
         super().__init__(events, media_type="text/event-stream", headers=headers)
 
     async def stream_response(self, send: Send) -> None:
         try:
             await super().stream_response(send)
         finally:
-            await self.body_iterator.aclose()  # type: ignore[union-attr]
+            await self.events.aclose()
 
 
 def create_app(workers: Sequence[Worker], sampling: Sampling | None = None) -> FastAPI:
@@ -158,7 +159,7 @@ def create_app(workers: Sequence[Worker], sampling: Sampling | None = None) -> F
     return app
 
 
-async def _events(pool: Pool, ids: list[int], sampling: Sampling) -> AsyncIterator[str]:
+async def _events(pool: Pool, ids: list[int], sampling: Sampling) -> AsyncGenerator[str, None]:
     """The answer to a prompt as server-sent events, by the first worker that is free."""
     worker = await pool.free.get()
     started, num_tokens = time.perf_counter(), 0
