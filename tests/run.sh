@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets everything up and passes the tests. Arguments go to pytest: bash tests/run.sh tests/test_chat.py -k mask
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. runs/setup.sh
+setup
+
+python -m ruff check
+python -m ruff format --check
+python -m pytest -m "not slow" "$@"
+# the crates are in cargo's cache since the build; without a network cargo must be told so
+cargo test --quiet --locked --manifest-path rustbpe/Cargo.toml ||
+    cargo test --quiet --locked --offline --manifest-path rustbpe/Cargo.toml
