@@ -1,0 +1,278 @@
+"""The model: counts, first loss, causality, grouped heads, the cache against a full forward, the chunked loss."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat import attention, gpt
+from nanochat.config import InputError
+from nanochat.gpt import GPT, GPTConfig, rope_tables, rotate
+from tests.conftest import tiny_gpt
+
+
+def some_ids(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 50, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def fill(cache: gpt.KVCache, model: GPT, rows: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    """Logits of rows fed in chunks of the given widths."""
+    return torch.cat([model(part, cache=cache) for part in rows.split(chunks, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_the_real_model_has_as_many_parameters_as_the_formula_says(n_kv_head):
+    model = tiny_gpt(n_kv_head=n_kv_head)
+    assert sum(p.numel() for p in model.parameters()) == model.config.shape.num_params
+
+
+def test_parameter_names_are_those_that_other_tools_know():
+    block = ["attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    expected = {f"transformer.h.{i}.{name}.weight" for i in range(2) for name in block}
+    assert set(tiny_gpt().state_dict()) == expected | {"transformer.wte.weight", "lm_head.weight"}
+
+
+def test_flops_of_the_formula_are_three_forwards_of_the_real_matrices_and_attention():
+    model = tiny_gpt(n_kv_head=2)
+    T = model.config.sequence_len
+    seen = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            seen += 3 * 2 * module.weight.numel()  # a multiply and an add; forward, and backward twice
+    seen += 3 * 2 * 2 * model.config.n_layer * model.config.n_embd * T  # scores and values against T positions
+    assert seen == model.config.shape.flops_per_token
+
+
+def test_the_first_loss_is_the_logarithm_of_the_vocabulary():
+    model = tiny_gpt(std=None)
+    loss = model(some_ids(2, 16), some_ids(2, 16, seed=2))
+    assert loss.item() == pytest.approx(math.log(50), abs=1e-6)
+
+
+def test_initial_weights_have_the_stated_spread():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=8, vocab_size=500, n_layer=1, n_head=2, n_kv_head=1, n_embd=256))
+    model.init_weights()
+    block = model.blocks[0]
+    spreads = {
+        block.attn.c_q: 1 / 16,  # 256 -> 256: 1/sqrt(256)
+        block.attn.c_k: math.sqrt(128 / 256) / 16,  # narrower than its input
+        block.mlp.c_fc: 1 / 16,  # wider than its input: capped at 1/sqrt(fan_in)
+    }
+    for layer, expected in spreads.items():
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.02)
+    assert model.wte.weight.std().item() == pytest.approx(1.0, rel=0.02)
+    for silent in (model.lm_head, block.attn.c_proj, block.mlp.c_proj):
+        assert not silent.weight.any()
+
+
+def test_a_later_token_cannot_change_an_earlier_logit():
+    model, idx = tiny_gpt(), some_ids(2, 12)
+    changed = idx.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 50
+    before, after = model(idx), model(changed)
+    torch.testing.assert_close(before[:, :7], after[:, :7], rtol=0, atol=0)
+    assert (before[:, 7:] != after[:, 7:]).any(dim=-1).all()
+
+
+def test_only_the_distance_between_positions_matters_to_a_rotated_score():
+    cos, sin = rope_tables(40, 8)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8)
+
+    def score(at_q: int, at_k: int) -> float:
+        return float(rotate(q, cos[at_q], sin[at_q]) @ rotate(k, cos[at_k], sin[at_k]))
+
+    assert score(9, 4) == pytest.approx(score(35, 30), abs=1e-5)
+    assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-3)
+
+
+def test_rotation_turns_the_halves_by_minus_the_angle():
+    cos, sin = rope_tables(3, 4)  # angles at position 2: 2 and 2 * 10000^(-2/4) = 0.02
+    turned = rotate(torch.tensor([1.0, 0.0, 0.0, 1.0]), cos[2], sin[2])
+    expected = [math.cos(2), math.sin(0.02), -math.sin(2), math.cos(0.02)]
+    torch.testing.assert_close(turned, torch.tensor(expected))
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """One query at a time over (T, D)."""
+    rows = []
+    for t in range(q.size(0)):
+        weights = torch.softmax(k[: t + 1] @ q[t] / math.sqrt(q.size(1)), dim=0)
+        rows.append(weights @ v[: t + 1])
+    return torch.stack(rows)
+
+
+def test_attention_is_the_plain_loop_and_grouped_heads_share_keys_and_values():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8)
+    y = attention.causal_attention(q, k, v)
+    for row in range(2):
+        for head in range(4):  # heads 0 and 1 read the first key head, 2 and 3 the second
+            expected = plain_attention(q[row, :, head], k[row, :, head // 2], v[row, :, head // 2])
+            torch.testing.assert_close(y[row, :, head], expected)
+
+
+def test_grouped_heads_equal_a_full_model_with_repeated_key_and_value_heads():
+    grouped, full = tiny_gpt(n_kv_head=2), tiny_gpt(n_kv_head=4)
+    state = grouped.state_dict()
+    for name, weight in state.items():
+        if "c_k" in name or "c_v" in name:  # (2 * 8, 32) -> each head of 8 rows twice
+            state[name] = weight.view(2, 1, 8, 32).expand(2, 2, 8, 32).reshape(32, 32)
+    full.load_state_dict(state)
+    torch.testing.assert_close(grouped(some_ids(2, 9)), full(some_ids(2, 9)))
+
+
+def test_the_soft_cap_is_computed_in_fp32_even_in_a_bf16_model():
+    model = tiny_gpt(std=2.0).prepare("cpu", torch.bfloat16)
+    x = model.features(some_ids(1, 8))
+    assert x.dtype == torch.bfloat16
+    raw = model.lm_head(x)
+    assert raw.dtype == torch.bfloat16 and raw.float().abs().max() > 15
+    logits = model.logits(x)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, 15 * torch.tanh(raw.double() / 15).float(), rtol=0, atol=1e-5)
+    assert logits.abs().max() <= 15
+
+
+# The cache ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 1])
+@pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 1, 5], [1, 11], [3, 9]])
+@torch.no_grad()
+def test_logits_with_a_cache_are_those_of_a_full_forward_however_the_tokens_are_cut(n_kv_head, chunks):
+    model, idx = tiny_gpt(n_kv_head=n_kv_head), some_ids(3, 12)
+    cache = model.new_cache(batch_size=3, max_len=20)
+    torch.testing.assert_close(fill(cache, model, idx, chunks), model(idx), rtol=1e-5, atol=1e-5)
+    assert cache.lengths.tolist() == [12, 12, 12]
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_in_one_padded_batch_go_on_as_if_each_were_alone():
+    model = tiny_gpt(n_kv_head=2)
+    lengths, extra = torch.tensor([3, 7, 1, 5]), 6
+    rows = some_ids(4, 7 + extra)
+    cache = model.new_cache(batch_size=4, max_len=7 + extra)
+    prompt = rows[:, :7].clone()
+    prompt[torch.arange(7) >= lengths[:, None]] = 49  # right padding, whatever it is
+    prefill = model(prompt, cache=cache)
+    cache.lengths = lengths.clone()
+    follow = torch.stack([rows[i, n : n + extra] for i, n in enumerate(lengths)])
+    cached = fill(cache, model, follow, [1, 3, 2])
+    for i, n in enumerate(lengths.tolist()):
+        alone = model(rows[i : i + 1, : n + extra])[0]
+        torch.testing.assert_close(prefill[i, :n], alone[:n], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(cached[i], alone[n:], rtol=1e-5, atol=1e-5)
+    assert cache.lengths.tolist() == [9, 13, 7, 11]
+
+
+@torch.no_grad()
+def test_selected_rows_of_a_cache_go_on_alone_and_leave_the_original_as_it_was():
+    model, idx = tiny_gpt(), some_ids(2, 8)
+    cache = model.new_cache(batch_size=2, max_len=5)
+    model(idx[:, :5], cache=cache)
+    twice = cache.select(torch.tensor([1, 1, 0]), max_len=8)
+    assert (cache.max_len, twice.max_len) == (5, 8)
+    other = idx[1:, 5:].flip(1)
+    cached = model(torch.cat((idx[1:, 5:], other, idx[:1, 5:])), cache=twice)
+    full = model(torch.cat((idx[1:], torch.cat((idx[1:, :5], other), dim=1), idx[:1])))
+    torch.testing.assert_close(cached, full[:, 5:], rtol=1e-5, atol=1e-5)
+    assert cache.lengths.tolist() == [5, 5]
+    torch.testing.assert_close(cache.k, cache.select(torch.tensor([0, 1])).k)
+
+
+def test_a_context_beyond_ten_times_the_trained_length_is_refused_with_both_numbers():
+    model = tiny_gpt(sequence_len=2)
+    assert model(some_ids(1, 20)).shape == (1, 20, 50)
+    with pytest.raises(InputError, match=r"21 tokens is beyond the 20 positions"):
+        model(some_ids(1, 21))
+    cache = model.new_cache(1, 30)
+    model(some_ids(1, 20), cache=cache)
+    with pytest.raises(InputError, match=r"21 tokens"):
+        model(some_ids(1, 1), cache=cache)
+
+
+def test_another_sequence_length_keeps_the_weights_and_moves_the_limit():
+    model, idx = tiny_gpt(sequence_len=2), some_ids(1, 20)
+    before = model(idx)
+    model.resize(GPTConfig(**{**model.config.to_dict(), "sequence_len": 4}))
+    torch.testing.assert_close(model(idx), before, rtol=0, atol=0)
+    assert model(some_ids(1, 40)).shape == (1, 40, 50)
+
+
+# The loss ----------------------------------------------------------------------------------------
+
+
+def masked_targets() -> torch.Tensor:
+    targets = some_ids(3, 11, seed=5)
+    targets[0, :4] = targets[2, 7:] = -1
+    return targets
+
+
+def test_the_loss_is_the_mean_over_counted_targets_only():
+    model, idx, targets = tiny_gpt(), some_ids(3, 11), masked_targets()
+    log_p = torch.log_softmax(model(idx).double(), dim=-1)
+    picked = [-log_p[b, t, targets[b, t]] for b in range(3) for t in range(11) if targets[b, t] != -1]
+    assert len(picked) == 25
+    assert model(idx, targets).item() == pytest.approx(torch.stack(picked).mean().item(), abs=1e-6)
+    assert model(idx, targets, reduction="sum").item() == pytest.approx(torch.stack(picked).sum().item(), abs=1e-4)
+    each = model(idx, targets, reduction="none")
+    assert each.shape == (33,)
+    assert each.view(3, 11)[targets == -1].tolist() == [0.0] * 8
+
+
+def test_the_sum_over_no_target_is_zero():
+    assert tiny_gpt()(some_ids(1, 4), torch.full((1, 4), -1), reduction="sum").item() == 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows_at_once", [1, 7, 32])
+def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_loss(monkeypatch, reduction, rows_at_once):
+    idx, targets = some_ids(3, 11), masked_targets()
+    weights = torch.rand(33, generator=torch.Generator().manual_seed(0)) if reduction == "none" else torch.ones(())
+
+    def loss_and_grads() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model = tiny_gpt()
+        loss = model(idx, targets, reduction=reduction)
+        (loss * weights).sum().backward()
+        return loss.detach(), [p.grad for p in model.parameters()]
+
+    plain, plain_grads = loss_and_grads()
+    widest = []
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda x, *a, **kw: widest.append(len(x)) or cross_entropy(x, *a, **kw))
+    monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", rows_at_once * 50)
+    chunked, chunked_grads = loss_and_grads()
+    assert max(widest) == rows_at_once  # 33 rows were never held at once
+    torch.testing.assert_close(chunked, plain)
+    for a, b in zip(chunked_grads, plain_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_chunked_loss_needs_no_gradient(monkeypatch):
+    model, idx, targets = tiny_gpt(), some_ids(3, 11), masked_targets()
+    plain = model(idx, targets)
+    monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", 100)
+    torch.testing.assert_close(model(idx, targets), plain)
+
+
+# Sizes that cannot be ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(n_embd=100, n_head=3, n_kv_head=3), "n_embd 100 does not give 3 heads"),
+        (dict(n_embd=9, n_head=3, n_kv_head=3), "heads of an even size"),
+        (dict(n_head=6, n_kv_head=4), "n_head 6 is no multiple of n_kv_head 4"),
+        (dict(arch="mamba"), "arch 'mamba' is not known; use one of"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(sizes, message):
+    with pytest.raises(InputError, match=message):
+        GPTConfig(**sizes)
