@@ -45,7 +45,8 @@ def plan_lines(shape: Shape, steps: int, total_batch_size: int, device_batch_siz
         seconds = train_seconds(shape, tokens, gpus)
         memory = memory_bytes(shape, device_batch_size, gpus)
         fit = fitting_batch(shape, device_batch_size, gpus)
-        advice = "" if fit == device_batch_size else f", too much: use --device_batch_size={fit}"
+        way_out = f"use --device_batch_size={fit}" if fit else "not one row fits, lower --depth or --max_seq_len"
+        advice = "" if fit == device_batch_size else f", too much: {way_out}"
         lines.append(
             f"{gpus} x H100 (estimate at {EXPECTED_MFU:.0%} of peak): {seconds / 3600:.2f} h, "
             f"${dollars(seconds, gpus):.2f}, {memory / 2**30:.1f} GiB per GPU at {device_batch_size} rows{advice}"
