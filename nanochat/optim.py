@@ -81,10 +81,10 @@ class MuonAdamW:
         """
         for shard in self.shards:
             shard.grad = self._reduce(shard)
-        square = torch.stack([s.grad.double().square().sum() for s in self.shards if s.grad is not None]).sum()
+        square = torch.stack([s.grad.square().sum() for s in self.shards if s.grad is not None]).sum()
         if self.world > 1:
             dist.all_reduce(square)
-        grad_norm = square.sqrt().float()
+        grad_norm = square.sqrt()
         if grad_clip is not None:
             scale = (grad_clip / (grad_norm + 1e-6)).clamp(max=1.0)
             for shard in self.shards:
