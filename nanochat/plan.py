@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 from nanochat.scaling import Shape, memory_bytes
 
 # One H100: bf16 peak, and the share of it that the public depth-20 runs of the plain architecture reached
@@ -52,3 +56,186 @@ def plan_lines(shape: Shape, steps: int, total_batch_size: int, device_batch_siz
             f"${dollars(seconds, gpus):.2f}, {memory / 2**30:.1f} GiB per GPU at {device_batch_size} rows{advice}"
         )
     return lines
+
+
+# The rest: rules of thumb for whole recipes. Those for GPUs are fitted to the times in public reports of this
+# pipeline on 8 x H100 (depth 8 with 20,000 AQuA rows, depth 20), as each rule says.
+SHARD_BYTES, DOWNLOAD_BYTES_PER_SECOND = 100e6, 100e6  # of a shard; of a data centre's line (assumed)
+NUM_SHARDS = 6542
+CORE_TASKS, CORE_EXAMPLES = 22, 91_037
+TINYWORLD_CORE_TASKS, TINYWORLD_CORE_EXAMPLES = 6, 480
+MID_STEPS = 809  # one pass over the real midtraining mixture, in steps of 524,288 tokens
+SFT_ROWS = 21_839  # of the real mixture, without AQuA
+CONVERSATION_TOKENS = {"real": 450, "tinyworld": 100}  # with padding (assumed)
+PROMPT_TOKENS = 256  # of a task (assumed)
+CACHE_BYTES = 8 << 30  # of keys and values: what the engine allows itself; more rows wait their turn
+TASK_EXAMPLES = {
+    "ARC-Easy": 2376,
+    "ARC-Challenge": 1172,
+    "MMLU": 14042,
+    "GSM8K": 1319,
+    "HumanEval": 164,
+    "SpellingBee": 256,
+    "AQUA": 254,
+}
+OTHER = 200  # tinyworld's
+RL_EXAMPLES = {"GSM8K": 7473, "AQUA": 97_467, "SpellingBee": 80_000}
+CATEGORICAL = ("ARC-Easy", "ARC-Challenge", "MMLU", "AQUA", "TinyMC")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where stages run. Rates are of one device: a GPU, or all cores of a CPU."""
+
+    name: str
+    num_devices: int
+    flops: float  # FLOP/s that training reaches
+    pass_seconds: float  # per layer: the least that a forward and backward pass takes
+    decode_seconds: float  # per layer: the least that a new token takes, for all rows at once
+    core_seconds: float  # per CORE example
+    start_seconds: float  # a stage: imports, loading, compiling
+    chars_per_second: float  # of tokenizer training
+    dollars_per_hour: float  # all devices together; they cost as much while one works
+    memory: float | None  # bytes a device; None = not looked at
+
+
+def h100s(num_gpus: int) -> Machine:
+    return Machine(
+        name=f"{num_gpus} x H100 at ${DOLLARS_PER_GPU_HOUR:.2f} a GPU and hour",
+        num_devices=num_gpus,
+        flops=H100_FLOPS * EXPECTED_MFU,
+        pass_seconds=0.01,  # 1,307 fine-tuning steps at depth 8 in 107 s
+        decode_seconds=0.000585,  # 467 steps of RL at depth 20, two prompts of 256 new tokens each, in 47 min
+        core_seconds=0.06,  # all of CORE at depth 8 on eight GPUs in 11.5 min
+        start_seconds=40,  # base_loss at depth 8, whole
+        chars_per_second=36e6,  # 6e9 characters in 167 s
+        dollars_per_hour=dollars(3600, num_gpus),
+        memory=H100_MEMORY,
+    )
+
+
+def this_cpu(peak_flops: float) -> Machine:
+    """This machine without a GPU, from the FLOP/s of a large matmul on it."""
+    return Machine(
+        name=f"this CPU, {peak_flops / 1e9:.0f} GFLOP/s measured in matmuls",
+        num_devices=1,
+        flops=0.3 * peak_flops,
+        pass_seconds=0.004,
+        decode_seconds=0.001,
+        core_seconds=0.02,
+        start_seconds=6,
+        chars_per_second=2e6,
+        dollars_per_hour=0.0,
+        memory=None,
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage takes. Memory is the peak of one device, in bytes; None = hardly any."""
+
+    seconds: float
+    memory: float | None = None
+    advice: str = ""
+
+
+def download(num_shards: int | None) -> Estimate:
+    return Estimate((num_shards or NUM_SHARDS) * SHARD_BYTES / DOWNLOAD_BYTES_PER_SECOND)
+
+
+class Estimator:
+    """Expected time and memory of stages of one model on `num_ranks` devices of a machine."""
+
+    def __init__(self, machine: Machine, shape: Shape, num_ranks: int) -> None:
+        self.machine, self.shape, self.num_ranks = machine, shape, num_ranks
+
+    def _forward(self, num_tokens: float) -> float:
+        """Seconds to evaluate tokens over all ranks: a third of their training."""
+        return self._train(num_tokens) / 3
+
+    def _train(self, num_tokens: float) -> float:
+        return self.shape.flops_per_token * num_tokens / (self.machine.flops * self.num_ranks)
+
+    def _passes(self, num_steps: float, num_tokens: float, accumulation: float) -> float:
+        """Seconds of optimizer steps: arithmetic, or the least that their passes take if that is more."""
+        least = num_steps * accumulation * self.shape.n_layer * self.machine.pass_seconds
+        return max(self._train(num_tokens), least)
+
+    def _cache(self, rows: float, length: int) -> float:
+        """Bytes of keys and values in bf16, without the engine's bound."""
+        return 4 * rows * length * self.shape.n_layer * self.shape.n_embd
+
+    def _generate(self, rows: float, new_tokens: int) -> float:
+        """Seconds to add new tokens to the rows of one rank, in as many rounds as the cache needs."""
+        rounds = math.ceil(self._cache(rows, PROMPT_TOKENS + new_tokens) / CACHE_BYTES)
+        least = rounds * self.shape.n_layer * self.machine.decode_seconds
+        return new_tokens * max(least, rows * self.shape.flops_per_token / 3 / self.machine.flops)
+
+    def _weights(self, rows: float, length: int, logit_rows: float | None = None) -> float:
+        """Bytes of a model that reads or answers: fp32 weights, cache, logits of the rows it reads at once."""
+        logits = 6 * (rows if logit_rows is None else logit_rows) * length * self.shape.vocab_size
+        return 4 * self.shape.num_params + min(self._cache(rows, length), CACHE_BYTES) + logits
+
+    def training_memory(self, rows: int, sequence_len: int) -> float:
+        return memory_bytes(replace(self.shape, sequence_len=sequence_len), rows, self.num_ranks)
+
+    def training(
+        self, steps: int, total_batch_size: int, rows: int, validations: float, validation_tokens: float
+    ) -> Estimate:
+        """base_train and mid_train."""
+        tokens = steps * total_batch_size
+        accumulation = total_batch_size / (rows * self.shape.sequence_len * self.num_ranks)
+        seconds = self._passes(steps, tokens, accumulation) + self._forward(validations * validation_tokens)
+        memory = self.training_memory(rows, self.shape.sequence_len)
+        fit = fitting_batch(self.shape, rows, self.num_ranks)
+        too_much = self.machine.memory is not None and fit != rows
+        return self._stage(seconds, memory, f"too much: use --device_batch_size={fit}" if too_much else "")
+
+    def tokenizer(self, num_chars: int) -> Estimate:
+        return Estimate(self.machine.start_seconds + num_chars / self.machine.chars_per_second)
+
+    def loss(self, split_tokens: int, rows: int) -> Estimate:
+        return self._stage(self._forward(2 * split_tokens), self._weights(rows, self.shape.sequence_len))
+
+    def core_seconds(self, num_examples: int) -> float:
+        return num_examples * self.machine.core_seconds / self.num_ranks
+
+    def core(self, num_examples: int, rows: int) -> Estimate:
+        """The examples differ in length; 1,024 tokens is a long one."""
+        return self._stage(self.core_seconds(num_examples), self._weights(rows, min(1024, self.shape.sequence_len)))
+
+    def fine_tuning(
+        self, steps: int, examples_per_step: int, rows: int, validation_batches: float, conversation_tokens: int
+    ) -> Estimate:
+        tokens = steps * examples_per_step * conversation_tokens
+        accumulation = examples_per_step / (rows * self.num_ranks)
+        seconds = self._passes(steps, tokens, accumulation)
+        seconds += self._forward(validation_batches * rows * conversation_tokens * self.num_ranks)
+        return self._stage(seconds, self.training_memory(rows, min(4 * conversation_tokens, self.shape.sequence_len)))
+
+    def chat_eval(self, task_names: Sequence[str], max_problems: int | None, rows: int, new_tokens: int) -> Estimate:
+        """Answers are taken to be as long as allowed."""
+        seconds = 0.0
+        for name in task_names:
+            n = min(TASK_EXAMPLES.get(name, OTHER), max_problems or math.inf)
+            batches = math.ceil(n / (rows * self.num_ranks))
+            seconds += self._forward(n * PROMPT_TOKENS) + batches * self._generate(rows, 1)
+            if name not in CATEGORICAL:
+                seconds += batches * self._generate(rows, new_tokens)
+        return self._stage(seconds, self._weights(rows, min(PROMPT_TOKENS + new_tokens, self.shape.sequence_len)))
+
+    def reinforcement(
+        self, steps: int, prompts: int, samples: int, rows: int, new_tokens: int, evals: float, eval_examples: int
+    ) -> Estimate:
+        """Each rank samples all its answers of a step at once, then learns from them, `rows` at a time."""
+        answers = prompts * samples / self.num_ranks
+        length = min(PROMPT_TOKENS + new_tokens, self.shape.sequence_len)
+        step = self._generate(answers, new_tokens)
+        step += self._passes(1, prompts * samples * length, answers / rows)
+        held_out = eval_examples * rows / self.num_ranks
+        seconds = steps * step + evals * self._generate(held_out, new_tokens)
+        sampling = self._weights(max(answers, held_out), length, logit_rows=1)
+        return self._stage(seconds, max(self.training_memory(rows, length), sampling))
+
+    def _stage(self, seconds: float, memory: float, advice: str = "") -> Estimate:
+        return Estimate(self.machine.start_seconds + seconds, memory, advice)
