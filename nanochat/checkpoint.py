@@ -38,7 +38,8 @@ DIRECTORIES = {
     "rl": "chatrl_checkpoints",
 }
 TRAINED_BY = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
-STEP_NAME = re.compile(r"step_(\d{6,})")
+OLD = ".old"  # a checkpoint that is being replaced by another of the same step
+STEP_NAME = re.compile(r"step_(\d{6,})(\.old)?")
 
 
 @dataclass
@@ -68,26 +69,32 @@ def save(
     Args:
         meta: JSON-able; stored in the manifest beside step, sizes and hashes.
     """
-    path = directory / f"step_{step:06d}"
+    path = directory / _step_name(step)
     optim_state = optimizer.state_dict() if optimizer is not None else None
     if rt.is_master:
         directory.mkdir(parents=True, exist_ok=True)
+        for killed in directory.glob(".staging-*"):  # one run at a time writes to a tag
+            shutil.rmtree(killed, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=directory))
         try:
             _write(staging, step, model.state_dict(), optim_state, meta)
-            if path.exists():  # the same step again: the old one goes only when the new one is whole
-                old = Path(tempfile.mkdtemp(prefix=".replaced-", dir=directory))
-                path.rename(old / path.name)
-                staging.rename(path)
-                shutil.rmtree(old)
-            else:
-                staging.rename(path)
-            _fsync(directory)
+            _put_in_place(staging, path)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
     barrier()
     return path
+
+
+def _put_in_place(staging: Path, path: Path) -> None:
+    """Rename. A checkpoint of the same step stays loadable under its old name until the new one is there."""
+    old = path.with_name(path.name + OLD)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    staging.rename(path)
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(
@@ -142,8 +149,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"no checkpoint at {path}: it has no manifest.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"damaged checkpoint {path}: manifest.json: {error}; delete the directory") from None
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"checkpoint {path} has format {manifest.get('format')}; this version reads {FORMAT}")
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise InputError(f"damaged checkpoint {path}: manifest.json is not ours; delete the directory")
+    if manifest["format"] != FORMAT:
+        raise InputError(f"checkpoint {path} has format {manifest['format']}; this version reads {FORMAT}")
+    if not isinstance(manifest.get("files"), dict):
+        raise InputError(f"damaged checkpoint {path}: manifest.json lists no files; delete the directory")
     return manifest
 
 
@@ -168,12 +179,22 @@ def load(path: Path, with_optimizer: bool = False) -> Checkpoint:
 
 def steps(directory: Path) -> list[int]:
     """Steps of the whole checkpoints in a tag directory, rising."""
-    found = []
+    found = set()
     for path in directory.glob("step_*"):
         match = STEP_NAME.fullmatch(path.name)
         if match and (path / "manifest.json").exists():
-            found.append(int(match[1]))
+            found.add(int(match[1]))
     return sorted(found)
+
+
+def _step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is: under its name, or its old one when a run was killed replacing it."""
+    path = directory / _step_name(step)
+    return path if path.exists() else path.with_name(path.name + OLD)
 
 
 def find(source: str, tag: str | None = None, step: int | None = None) -> Path:
@@ -197,7 +218,7 @@ def find(source: str, tag: str | None = None, step: int | None = None) -> Path:
     if step is not None and step not in have:
         listed = ", ".join(map(str, have))
         raise InputError(f"no step {step} of {source} checkpoint {tag!r}; there are: {listed}")
-    return root / tag / f"step_{have[-1] if step is None else step:06d}"
+    return step_path(root / tag, have[-1] if step is None else step)
 
 
 def build_model(config: GPTConfig, rt: Runtime) -> GPT:
