@@ -63,7 +63,7 @@ def plan_lines(shape: Shape, steps: int, total_batch_size: int, device_batch_siz
 SHARD_BYTES, DOWNLOAD_BYTES_PER_SECOND = 100e6, 100e6  # of a shard; of a data centre's line (assumed)
 NUM_SHARDS = 6542
 CORE_TASKS, CORE_EXAMPLES = 22, 91_037
-TINYWORLD_CORE_TASKS, TINYWORLD_CORE_EXAMPLES = 6, 480
+TINYWORLD_CORE_TASKS, TINYWORLD_CORE_EXAMPLES = 7, 560
 MID_STEPS = 809  # one pass over the real midtraining mixture, in steps of 524,288 tokens
 SFT_ROWS = 21_839  # of the real mixture, without AQuA
 CONVERSATION_TOKENS = {"real": 450, "tinyworld": 100}  # with padding (assumed)
