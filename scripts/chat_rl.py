@@ -169,8 +169,8 @@ def run(cfg: ChatRLConfig) -> LoopState:
         raise InputError(
             f"--examples_per_step {cfg.examples_per_step} is no multiple of the {rt.world_size} ranks; try {near}"
         )
-    train_task, val_task = rl_tasks(cfg.task)
     model, tokenizer, meta = checkpoint.load_model(cfg.source, rt, cfg.model_tag, cfg.model_step)
+    train_task, val_task = rl_tasks(cfg.task)
     policy = Policy(cfg, rt, model, tokenizer)
     optimizer = build_optimizer(
         model,
