@@ -31,7 +31,9 @@ class ChatWebConfig:
     port: int = flag(8000, "port to listen on", short="-p")
     dtype: str | None = flag(None, "compute dtype; None = the device's own", choices=tuple(runtime.DTYPES), short="-d")
     device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="")
-    host: str = flag("127.0.0.1", "address to listen on: this machine only; 0.0.0.0 lets the network in")
+    host: str = flag(
+        "127.0.0.1", "address to listen on; unlike the reference (0.0.0.0, the whole network) this machine only"
+    )
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
