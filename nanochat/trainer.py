@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanochat import checkpoint
 from nanochat.config import InputError
@@ -68,14 +68,13 @@ def train_loop(
     hooks: Sequence[tuple[int | None, Hook]] = (),
 ) -> LoopState:
     """Run optimizer steps until is_last. A hook has a period in steps (None = never); each also runs once after
-    the last step. Hooks run in order, so the one that saves comes first: an eval that dies loses nothing."""
+    the last step. Hooks run in order, so the one that saves comes first: an eval that dies loses nothing, and runs
+    again when the run is resumed from that save."""
     active = [(every, hook) for every, hook in hooks if every is not None]
-    started_at = state.step
     while True:
         last = is_last(state)
         for every, hook in active:
-            # right after a resume the hooks of that step have already run
-            if last or (state.step % every == 0 and (state.step > started_at or state.step == 0)):
+            if last or state.step % every == 0:
                 hook(state)
         if last:
             return state
@@ -169,6 +168,8 @@ class Trainer:
         return not self.pending
 
     def save(self, state: LoopState) -> None:
+        if state.step and state.step == self.begun_step:
+            return  # resumed from this very checkpoint
         path = checkpoint.save(
             self.rt,
             self.directory,
@@ -201,9 +202,14 @@ class Trainer:
         self.optimizer.set_lr(lrm, momentum)
         self.model.train()
         loss = accumulate(self.forward, batches, self.rt.world_size, self.rt.device)
-        self.optimizer.step(self.grad_clip)
+        grad_norm = self.optimizer.step(self.grad_clip)
         self._prefetch()  # while the device works
         state.loss = loss.item()  # waits for the device
+        if not math.isfinite(state.loss + grad_norm.item()):  # the weights are lost: nothing may be saved from here on
+            raise InputError(
+                f"step {state.step}: loss {state.loss}, gradient norm {grad_norm.item()}; lower the learning rates, "
+                f"and go on from the last checkpoint with --resume=auto"
+            )
         synchronize(self.rt.device)
         dt = time.perf_counter() - t0
         tokens = self.tokens_per_step or sum(b[0].numel() for b in batches) * self.rt.world_size
@@ -257,7 +263,7 @@ def resume_path(directory: Path, resume: str) -> Path | None:
         return None
     if resume == "auto":
         for step in reversed(have):
-            path = directory / f"step_{step:06d}"
+            path = checkpoint.step_path(directory, step)
             try:
                 checkpoint.load(path, with_optimizer=True)
                 return path
@@ -267,12 +273,21 @@ def resume_path(directory: Path, resume: str) -> Path | None:
     if not resume.isdigit() or int(resume) not in have:
         listed = ", ".join(map(str, have)) or "none"
         raise InputError(f"--resume {resume}: no such step in {directory} (there are: {listed}); use auto or none")
-    return directory / f"step_{int(resume):06d}"
+    return checkpoint.step_path(directory, int(resume))
 
 
-def restore(path: Path, model: nn.Module, optimizer: MuonAdamW) -> tuple[LoopState, Any]:
-    """Load weights and optimizer state in place; returns (loop state, loader cursor) to go on with."""
+def restore(path: Path, model: GPT, optimizer: MuonAdamW) -> tuple[LoopState, Any]:
+    """Load weights and optimizer state in place; returns (loop state, loader cursor) to go on with.
+
+    Raises:
+        InputError: the checkpoint is damaged, or of a model of other sizes.
+    """
     saved = checkpoint.load(path, with_optimizer=True)
+    ours, theirs = model.config.to_dict(), saved.meta["model_config"]
+    other = {k: v for k, v in theirs.items() if ours.get(k) != v}
+    if other:
+        asked = {k: ours.get(k) for k in other}
+        raise InputError(f"checkpoint {path} has {other}, this run {asked}; resume with the same sizes or another tag")
     model.load_state_dict(saved.model)
     assert saved.optimizer is not None
     optimizer.load_state_dict(saved.optimizer)

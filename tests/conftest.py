@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +62,52 @@ def tiny_gpt(seed: int = 0, std: float | None = 0.2, **sizes: Any) -> GPT:
     return model
 
 
-def on_two_ranks(worker: Callable[..., None], *args: Any) -> None:
-    """worker(rt, *args) in two gloo processes on this machine. It must be importable: a function of a test file."""
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Callable[..., None]]:
+    """`two_ranks(worker, *args)` calls worker(rt, *args) in two gloo processes on this machine, which live as long
+    as the session. The worker must be importable: a function of a test file."""
+    context = torch.multiprocessing.get_context("spawn")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, worker, args), nprocs=2)
+    pipes, processes = [], []
+    for rank in range(2):
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=_rank, args=(rank, port, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()  # so that a rank's death is an end of file here
+        pipes.append(ours)
+
+    def run(worker: Callable[..., None], *args: Any) -> None:
+        for pipe in pipes:
+            pipe.send((os.environ["NANOCHAT_BASE_DIR"], worker, args))
+        waiting = list(pipes)
+        while waiting:
+            for pipe in wait(waiting):
+                error = pipe.recv()
+                if error:  # the other rank may wait for this one for ever
+                    for process in processes:
+                        process.kill()
+                    pytest.fail(error)
+                waiting.remove(pipe)
+
+    yield run
+    for pipe, process in zip(pipes, processes, strict=True):
+        if process.is_alive():
+            pipe.send(None)
+        process.join()
 
 
-def _rank(rank: int, port: int, worker: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, port: int, pipe: Connection) -> None:
     launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in launcher.items()})
     torch.set_num_threads(1)
     rt = runtime.start("cpu")
-    try:
-        worker(rt, *args)
-    finally:
-        runtime.stop()
+    while (task := pipe.recv()) is not None:
+        os.environ["NANOCHAT_BASE_DIR"], worker, args = task
+        try:
+            worker(rt, *args)
+            pipe.send(None)
+        except BaseException:
+            pipe.send(f"rank {rank}:\n{traceback.format_exc()}")
+    runtime.stop()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nanochat.optim import Group, MuonAdamW, build_optimizer, orthogonalize
 from nanochat.runtime import Runtime
-from tests.conftest import on_two_ranks, tiny_gpt
+from tests.conftest import tiny_gpt
 
 # Two ranks cannot share these evenly: 21 and 1 elements, 3 matrices of one shape and 1 of another.
 ADAMW_SHAPES = {"odd": (7, 3), "one": (1,), "even": (4, 4)}
@@ -242,7 +242,9 @@ def train_on_two(rt: Runtime, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Tensor]]:
+def one_and_two(
+    two_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Tensor]]:
     """What two ranks left, by name; the single process's files begin with one_."""
     folder = tmp_path_factory.mktemp("ranks")
     params, optimizer = make()
@@ -251,7 +253,7 @@ def one_and_two(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dic
     save_file(optimizer.state_dict(), folder / "one_state3.safetensors")
     take(params, optimizer, range(3, 6), mean_grads)
     save_file(values(params), folder / "one_weights6.safetensors")
-    on_two_ranks(train_on_two, folder)
+    two_ranks(train_on_two, folder)
     return lambda name: load_file(folder / f"{name}.safetensors")
 
 
