@@ -151,7 +151,11 @@ def print0(*args: Any, **kwargs: Any) -> None:
 def base_dir() -> Path:
     """Root of all artefacts: NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created on demand."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(f"cannot make the base directory {path}: {reason}; set NANOCHAT_BASE_DIR") from None
     return path
 
 
