@@ -125,12 +125,12 @@ class Engine:
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 42,
-    ) -> tuple[list[list[int]], list[list[int]], list[bool]]:
+    ) -> tuple[list[list[int]], list[list[int]], list[int | None]]:
         """Continue many prompts of any lengths; equal prompts share their prefill and get different samples.
 
         Returns:
-            (sequences, masks, stopped), in the order of the prompts, as generate_batch() gives them; stopped
-            tells whether a row ended by a terminal token, not for want of room.
+            (sequences, masks, ends), in the order of the prompts, as generate_batch() gives them; ends has the
+            terminal token that a row ended by, or None for a row that ended for want of room.
         """
         _check_sampling(temperature, top_k)
         rows = self._rows(prompts, max_tokens, seed)
@@ -141,7 +141,7 @@ class Engine:
             end = len(row.ids) - row.stopped
             sequences.append([*row.prompt, *row.ids[:end]])
             masks.append([0] * len(row.prompt) + row.mask[:end])
-        return sequences, masks, [row.stopped for row in rows]
+        return sequences, masks, [row.ids[-1] if row.stopped else None for row in rows]
 
     def _rows(self, prompts: Sequence[Sequence[int]], max_tokens: int | None, seed: int) -> list[Row]:
         config = self.model.config

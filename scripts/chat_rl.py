@@ -106,7 +106,7 @@ class Policy:
             self.tokenizer.render_for_completion(c, max_tokens=self.model.config.sequence_len) for c in conversations
         ]
         rows = [p for p in prompts for _ in range(num_samples)]
-        sequences, masks, stopped = self.engine.generate_many(
+        sequences, masks, ends = self.engine.generate_many(
             rows,
             max_tokens=self.cfg.max_new_tokens,
             temperature=self.cfg.temperature,
@@ -114,12 +114,12 @@ class Policy:
             seed=seed,
         )
         rewards = torch.zeros(len(prompts), num_samples)
-        for row, (ids, mask, ended) in enumerate(zip(sequences, masks, stopped, strict=True)):
+        for row, (ids, mask, end) in enumerate(zip(sequences, masks, ends, strict=True)):
             group, sample = divmod(row, num_samples)
             answer = self.tokenizer.decode(ids[len(prompts[group]) :])
             rewards[group, sample] = task.reward(conversations[group], answer)
-            if ended:  # the stop token was sampled too: stopping in time is part of what is learnt
-                ids.append(self.end)
+            if end is not None:  # it was sampled too: stopping in time is part of what is learnt
+                ids.append(end)
                 mask.append(1)
         return Rollouts(sequences, masks, rewards)
 
