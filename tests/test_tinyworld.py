@@ -41,7 +41,7 @@ def user(chat) -> str:
 
 
 def reply(chat) -> str:
-    content = chat["messages"][1]["content"]
+    content = chat["messages"][-1]["content"]
     return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
 
 
@@ -421,3 +421,13 @@ def test_writing_the_bundle_again_changes_nothing_and_a_broken_one_is_replaced(t
     write_core_bundle(directory)
     assert {p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_drill_asks_many_questions_about_one_list_and_each_letter_stands_by_its_answer():
+    from nanochat.data.tinyworld import multiple_choice
+
+    for seed in range(50):
+        choices, questions = multiple_choice.drill(random.Random(seed))
+        assert len(set(choices)) == 4 and len(questions) == 6
+        for text, letter in questions[:3]:  # those that name their answer
+            assert choices["ABCD".index(letter)] in text

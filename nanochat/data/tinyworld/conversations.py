@@ -91,6 +91,13 @@ def _spelling(rng: random.Random, split: str, index: int) -> Conversation:
 
 
 def _multiple_choice(rng: random.Random, split: str, index: int) -> Conversation:
+    if split == "train" and rng.random() < 0.4:
+        choices, questions = multiple_choice.drill(rng)
+        messages: list[dict[str, str]] = []
+        for i, (question, letter) in enumerate(questions):
+            asked = multiple_choice.frame(question, choices) if i == 0 else f"The same choices. {question}"
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": letter}]
+        return {"messages": messages, "letters": list(multiple_choice.LETTERS), "answer": questions[-1][1]}
     every = multiple_choice.choosable()
     relation = every[index % len(every)] if split == "test" else None
     finding = 0.15 if split == "train" else 0.0

@@ -114,6 +114,13 @@ def _questions(rng: random.Random) -> str:
 
 def _choices(rng: random.Random) -> str:
     items = []
+    if rng.random() < 0.6:
+        for _ in range(rng.randrange(1, 3)):
+            choices, questions = multiple_choice.drill(rng)
+            again = "".join(rng.sample(multiple_choice.listing(choices).splitlines(keepends=True), 3))
+            asked = "\n".join(f"{question} {letter}" for question, letter in questions)
+            items.append(f"{multiple_choice.listing(choices)}\n{again}{asked}")
+        return "\n\n".join(items)
     for _ in range(rng.randrange(2, 4)):
         question, choices, gold = multiple_choice.question(rng, "train", finding=0.35)
         items.append(f"{multiple_choice.frame(question, choices)}\n{multiple_choice.LETTERS[gold]}")
@@ -194,15 +201,15 @@ def _lists(rng: random.Random) -> str:
 
 # Shares of the documents. Habit, tuned by eye: facts and questions about half, the skills the other half.
 MIXTURE: tuple[tuple[Writer, float], ...] = (
-    (_one_topic, 0.14),
-    (_many_topics, 0.16),
-    (_encyclopedia, 0.10),
+    (_one_topic, 0.13),
+    (_many_topics, 0.15),
+    (_encyclopedia, 0.08),
     (_questions, 0.18),
-    (_choices, 0.14),
-    (_story, 0.09),
-    (_spellings, 0.08),
+    (_choices, 0.20),
+    (_story, 0.07),
+    (_spellings, 0.10),
     (_sums, 0.05),
-    (_word_problems, 0.03),
+    (_word_problems, 0.01),
     (_lists, 0.03),
 )
 

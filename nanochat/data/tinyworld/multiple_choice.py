@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 
 from nanochat.data.tinyworld.phrases import Relation, fill, question_templates, wants_one_word
 from nanochat.data.tinyworld.relations import relations
@@ -19,10 +20,16 @@ FINDING = (
 )
 
 
-def frame(question: str, choices: tuple[str, ...] | list[str]) -> str:
-    """The prompt: the letter follows its choice with no space before it, so its token is the bare answer's."""
-    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, LETTERS, strict=True))
-    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+def listing(choices: Sequence[str]) -> str:
+    """One line a choice. The letter follows its choice with no space before it."""
+    return "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, LETTERS, strict=True))
+
+
+def frame(question: str, choices: Sequence[str]) -> str:
+    """The prompt that every multiple-choice task here uses."""
+    return (
+        f"Multiple Choice question: {question}\n{listing(choices)}\nRespond only with the letter of the correct answer."
+    )
 
 
 @functools.cache
@@ -68,3 +75,28 @@ def question(
     else:
         text = fill(rng.choice(_templates(relation, split)), subject)
     return text, choices, choices.index(answer)
+
+
+def drill(rng: random.Random) -> tuple[list[str], list[tuple[str, str]]]:
+    """(four choices, questions about them with their letters): many questions to one list, training text only.
+
+    A single framed question tells a model one letter in some 75 tokens, too little to find out from how a choice,
+    its letter and an answer hang together. Here each of a dozen tokens is a letter, and the questions rise from
+    finding a choice by its name to knowing the answer.
+    """
+    relation = rng.choices(choosable(), cum_weights=_cumulative_weights())[0]
+    subjects: dict[str, str] = {}  # by answer
+    while len(subjects) < len(LETTERS):
+        subject, answer = rng.choice(relation.facts)
+        subjects.setdefault(answer, subject)
+    choices = list(subjects)
+    rng.shuffle(choices)
+    questions = []
+    for round_ in range(2):
+        for i in rng.sample(range(len(choices)), 3):
+            if round_ == 0:
+                text = rng.choice(FINDING).replace("{o}", choices[i])
+            else:
+                text = fill(rng.choice(_templates(relation, "train")), subjects[choices[i]])
+            questions.append((text, LETTERS[i]))
+    return choices, questions
