@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import re
 import subprocess
 import sys
