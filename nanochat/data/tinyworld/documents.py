@@ -6,6 +6,7 @@ import functools
 import random
 import zlib
 from collections.abc import Callable
+from string import ascii_uppercase
 
 from nanochat.config import InputError
 from nanochat.data.tinyworld import multiple_choice, problems, world
@@ -127,6 +128,21 @@ def _choices(rng: random.Random) -> str:
     return "\n\n".join(items)
 
 
+def _echo(rng: random.Random) -> str:
+    """Random words said twice, and lists recited out of order. Nothing but the first half tells the second, so a
+    model soon learns to look back for what followed the same word: sums, spelling and choices build on that."""
+    parts = []
+    for _ in range(rng.randrange(2, 5)):
+        words = [word_to_spell(rng, "train", made_up=0.2) for _ in range(rng.randrange(3, 9))]
+        if rng.random() < 0.5:
+            said = " ".join(words)
+            parts.append(f"Say it again: {said}.\n{said}.")
+            continue
+        rows = [f"- {word}={letter}\n" for word, letter in zip(words, ascii_uppercase, strict=False)]
+        parts.append("".join(rows) + "\n" + "".join(rng.sample(rows, len(rows))).rstrip())
+    return "\n\n".join(parts)
+
+
 def _spellings(rng: random.Random) -> str:
     lines = []
     for _ in range(rng.randrange(6, 14)):
@@ -201,11 +217,12 @@ def _lists(rng: random.Random) -> str:
 
 # Shares of the documents. Habit, tuned by eye: facts and questions about half, the skills the other half.
 MIXTURE: tuple[tuple[Writer, float], ...] = (
-    (_one_topic, 0.13),
-    (_many_topics, 0.15),
-    (_encyclopedia, 0.08),
-    (_questions, 0.18),
-    (_choices, 0.20),
+    (_one_topic, 0.09),
+    (_many_topics, 0.13),
+    (_encyclopedia, 0.07),
+    (_questions, 0.15),
+    (_echo, 0.12),
+    (_choices, 0.18),
     (_story, 0.07),
     (_spellings, 0.10),
     (_sums, 0.05),
