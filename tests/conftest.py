@@ -18,6 +18,7 @@ from nanochat import runtime
 from nanochat.gpt import GPT, GPTConfig
 
 HUB = Path(__file__).parent.parent.parent / "shared" / "hub"
+RANK_SECONDS = 300  # mostly the import of torch, where many share the machine
 FOREIGN = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("NANOCHAT_HUB_DIR", "NANOCHAT_AQUA_DIR", "AQUA_DATA_DIR"),
@@ -79,23 +80,35 @@ def two_ranks() -> Iterator[Callable[..., None]]:
         pipes.append(ours)
 
     def run(worker: Callable[..., None], *args: Any) -> None:
+        if not all(process.is_alive() for process in processes):
+            pytest.fail("a rank died in an earlier test")
         for pipe in pipes:
             pipe.send((os.environ["NANOCHAT_BASE_DIR"], worker, args))
         waiting = list(pipes)
         while waiting:
-            for pipe in wait(waiting):
-                error = pipe.recv()
-                if error:  # the other rank may wait for this one for ever
-                    for process in processes:
-                        process.kill()
-                    pytest.fail(error)
-                waiting.remove(pipe)
+            ready = wait(waiting, timeout=RANK_SECONDS)
+            errors = [error for pipe in ready if (error := _answer(pipe))]
+            if errors or not ready:  # a rank may wait for the other one for ever
+                for process in processes:
+                    process.kill()
+                pytest.fail("\n".join(errors) or f"no answer from a rank in {RANK_SECONDS} s")
+            waiting = [pipe for pipe in waiting if pipe not in ready]
 
     yield run
     for pipe, process in zip(pipes, processes, strict=True):
         if process.is_alive():
             pipe.send(None)
-        process.join()
+    for process in processes:
+        process.join(timeout=10)
+        process.kill()
+
+
+def _answer(pipe: Connection) -> str | None:
+    """The error of a rank's task, if it had one."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return "a rank died"
 
 
 def _rank(rank: int, port: int, pipe: Connection) -> None:
