@@ -143,9 +143,7 @@ def summary_rows(sections: Mapping[str, str], ours: bool) -> dict[str, dict[str,
     if ours and is_number(bpb := parse_items(sections.get("base-model-loss", "")).get("val bpb", "")):
         rows["val bpb"] = {"BASE": bpb}
     rank = {"val bpb": 0, "CORE": 1, "ChatCORE": 4, "ChatCORE tinyworld": 5}
-    return dict(
-        sorted(rows.items(), key=lambda r: (rank.get(r[0], 2 if r[0].startswith("CORE ") else 3), r[0]))
-    )
+    return dict(sorted(rows.items(), key=lambda r: (rank.get(r[0], 2 if r[0].startswith("CORE ") else 3), r[0])))
 
 
 def format_table(rows: Mapping[str, Mapping[str, str]]) -> str:
@@ -167,11 +165,7 @@ def format_duration(duration: timedelta) -> str:
 def wall_clock(header: str, sections: Mapping[str, str], with_rl: bool) -> timedelta | None:
     """From the run's start to its latest section. The reference's figure leaves RL out."""
     start = _time_after("Run started", header)
-    ends = [
-        _time_after("timestamp", text)
-        for slug, text in sections.items()
-        if with_rl or slug not in RL_SECTIONS
-    ]
+    ends = [_time_after("timestamp", text) for slug, text in sections.items() if with_rl or slug not in RL_SECTIONS]
     known = [end for end in ends if end is not None]
     return max(known) - start if start and known else None
 
@@ -320,17 +314,11 @@ def format_plots(plots: Sequence[Path], folder: str) -> str:
     """The Plots section: one image a line, linked relative to the report."""
     if not plots:
         return ""
-    return (
-        "\n\n## Plots\n\n"
-        + "\n".join(f"![{p.stem.replace('_', ' ')}]({folder}/{p.name})" for p in plots)
-        + "\n"
-    )
+    return "\n\n## Plots\n\n" + "\n".join(f"![{p.stem.replace('_', ' ')}]({folder}/{p.name})" for p in plots) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", default="generate", choices=("generate", "reset"))
     command = parser.parse_args(argv).command
     try:

@@ -15,9 +15,7 @@ BLOAT_SUFFIXES = ("py", "md", "rs", "html", "toml", "sh")
 def _run(*command: str) -> str | None:
     """Output of a command in the repository; None when it fails or does not exist."""
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parents[1], capture_output=True, timeout=30, check=True
-        )
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.decode("utf-8", errors="replace").strip()

@@ -60,9 +60,7 @@ def isolation_level() -> str:
     """One line for logs: what keeps a program in, on this machine."""
     if _prefix():
         return "own process, limits, guard; kernel namespaces: no network, no process outlives it"
-    return (
-        "own process, limits, guard; no kernel namespaces here, so only the guard stands before the network"
-    )
+    return "own process, limits, guard; no kernel namespaces here, so only the guard stands before the network"
 
 
 def execute_code(code: str, timeout: float = 5.0, memory_bytes: int = 256 << 20) -> ExecutionResult:

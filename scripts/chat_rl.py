@@ -218,7 +218,8 @@ def run(cfg: ChatRLConfig) -> LoopState:
         state.train_seconds += dt
         print0(
             f"step {state.step + 1:05d}/{steps:05d} | reward: {reward:.4f} | sequence length: {length:.1f} | equal "
-            f"groups: {equal_share:.2f} | lrm: {lrm:.2f} | dt: {dt:.2f}s | eta: {dt * (steps - state.step - 1) / 60:.1f}m"
+            f"groups: {equal_share:.2f} | lrm: {lrm:.2f} | dt: {dt:.2f}s | "
+            f"eta: {dt * (steps - state.step - 1) / 60:.1f}m"
         )
         tracker.log(state.step + 1, reward=reward, sequence_length=length, lrm=lrm, equal_groups=equal_share)
 

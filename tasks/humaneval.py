@@ -48,7 +48,6 @@ class HumanEval(HubTask):
         """Whether the answer, with the prompt's imports, passes the data set's tests."""
         imports = extract_imports(conversation["messages"][0]["content"])
         program = (
-            f"{imports}\n\n{extract_program(response)}\n\n"
-            f"{conversation['test']}\ncheck({conversation['entry_point']})"
+            f"{imports}\n\n{extract_program(response)}\n\n{conversation['test']}\ncheck({conversation['entry_point']})"
         )
         return execute_code(program).success

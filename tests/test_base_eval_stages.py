@@ -104,9 +104,7 @@ def test_a_model_of_tinyworld_is_evaluated_on_tinyworlds_bundle(base):
 
 
 def test_the_table_of_all_22_tasks_ends_with_core():
-    last = base_eval.format_csv(CoreResult("CORE metric", (TaskScore("copa", 48, 100, 0.5),))).splitlines()[
-        -1
-    ]
+    last = base_eval.format_csv(CoreResult("CORE metric", (TaskScore("copa", 48, 100, 0.5),))).splitlines()[-1]
     assert last == "CORE                               ,           , -0.040000 "
 
 

@@ -26,9 +26,7 @@ from nanochat.evals.core import (
 from nanochat.runtime import Runtime
 
 HUB_BUNDLE = Path(__file__).parents[2] / "shared" / "hub" / "eval_bundle"
-needs_hub = pytest.mark.skipif(
-    not HUB_BUNDLE.exists(), reason="no ../shared/hub/eval_bundle beside the repository"
-)
+needs_hub = pytest.mark.skipif(not HUB_BUNDLE.exists(), reason="no ../shared/hub/eval_bundle beside the repository")
 CPU = Runtime(torch.device("cpu"), torch.float32)
 BOS = 256
 
@@ -204,9 +202,7 @@ def test_shots_are_drawn_with_seed_1234_plus_position_from_the_other_examples():
         assert index not in drawn and len(set(drawn)) == 10 and max(drawn) < 12
 
 
-@pytest.mark.parametrize(
-    ("num_examples", "num_items", "expected"), [(10, 50, 10), (11, 50, 10), (2, 4, 3), (1, 1, 0)]
-)
+@pytest.mark.parametrize(("num_examples", "num_items", "expected"), [(10, 50, 10), (11, 50, 10), (2, 4, 3), (1, 1, 0)])
 def test_fewer_examples_than_shots_draw_from_the_whole_data_set(num_examples, num_items, expected):
     drawn = fewshot_indices(0, 10, num_examples, num_items)
     assert len(drawn) == expected and all(0 < i < num_items for i in drawn)
@@ -237,14 +233,10 @@ def random_items(kind, n, seed):
         return "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(1, 12))).strip() or "a"
 
     if kind == "multiple_choice":
-        return [
-            {"query": word(), "choices": [word() for _ in range(4)], "gold": rng.randrange(4)}
-            for _ in range(n)
-        ]
+        return [{"query": word(), "choices": [word() for _ in range(4)], "gold": rng.randrange(4)} for _ in range(n)]
     if kind == "schema":
         return [
-            {"context_options": [word(), word()], "continuation": word(), "gold": rng.randrange(2)}
-            for _ in range(n)
+            {"context_options": [word(), word()], "continuation": word(), "gold": rng.randrange(2)} for _ in range(n)
         ]
     return [{"context": word(), "continuation": word()} for _ in range(n)]
 
@@ -301,9 +293,7 @@ def test_only_all_22_tasks_are_called_core():
     assert named_bundle(["capitals"], "mine").metric_name == "CORE custom (mine)"
 
 
-def write_bundle(
-    folder, items=('{"context": "ab\u2028", "continuation": "c"}',), label="copa", baseline="50"
-):
+def write_bundle(folder, items=('{"context": "ab\u2028", "continuation": "c"}',), label="copa", baseline="50"):
     (folder / "eval_data").mkdir(parents=True)
     (folder / "core.yaml").write_text(
         f"icl_tasks:\n- label: {label}\n  dataset_uri: t.jsonl\n  num_fewshot: [10]\n"

@@ -70,8 +70,7 @@ def sections(text: str) -> dict[str, list[str]]:
     """Section title -> the keys of its list, in order."""
     parts = re.split(r"^## (.*)$", text, flags=re.M)[1:]
     return {
-        title: re.findall(r"^- ([^:]+):", body, flags=re.M)
-        for title, body in zip(parts[::2], parts[1::2], strict=True)
+        title: re.findall(r"^- ([^:]+):", body, flags=re.M) for title, body in zip(parts[::2], parts[1::2], strict=True)
     }
 
 

@@ -48,9 +48,7 @@ def comparison(name, column):
         text, size, theirs, ours = row[0], row[1], row[column], row[4]
         ratios = size / theirs, size / ours
         diff = 100 * (theirs - ours) / theirs
-        lines.append(
-            f"| {text} | {size} | {theirs} | {ratios[0]:.2f} | {ours} | {ratios[1]:.2f} | {diff:+.1f}% |"
-        )
+        lines.append(f"| {text} | {size} | {theirs} | {ratios[0]:.2f} | {ours} | {ratios[1]:.2f} | {diff:+.1f}% |")
     return [*lines, ""]
 
 
@@ -109,10 +107,8 @@ BASE_OUTCOME = {
 }
 SAMPLES = (
     "The capital of France is the capital of the city of the city of the city of the city of the",
-    "The chemical symbol of gold is a symbol of the world’s most important symbol of the world’s "
-    "most important symbol",
-    "If yesterday was Friday, then tomorrow will be a bit more than a few years, and then the next day, "
-    "the next",
+    "The chemical symbol of gold is a symbol of the world’s most important symbol of the world’s most important symbol",
+    "If yesterday was Friday, then tomorrow will be a bit more than a few years, and then the next day, the next",
     "The opposite of hot is the same as the one of the two of the same kind of cold weather.",
     "The planets of the solar system are: 1.5 billion years ago, and the 1.5 billion years",
     "My favorite color is the color of the color of the color of the color of the color of the",
@@ -318,9 +314,7 @@ def test_an_incomplete_core_has_a_row_of_its_own():
 
 
 def test_our_own_runs_also_show_aqua_tinyworld_and_rl_scores():
-    scores = (
-        "- AQUA: 0.2\n- SpellingBee: 0.9\n- TinyWordProblems: 0.7\n- ChatCORE tinyworld: 0.5\n- MMLU: 0.3\n"
-    )
+    scores = "- AQUA: 0.2\n- SpellingBee: 0.9\n- TinyWordProblems: 0.7\n- ChatCORE tinyworld: 0.5\n- MMLU: 0.3\n"
     sections = {"chat-evaluation-rl": scores, "base-model-loss": "- val bpb: 1.2\n"}
     assert list(summary_rows(sections, ours=True)) == [
         "val bpb",
@@ -349,9 +343,7 @@ def test_the_wall_clock_ends_with_the_latest_section_not_the_last_listed(tmp_pat
 def test_rl_counts_in_our_own_runs_on_a_line_after_the_references(tmp_path):
     times = [("Chat SFT", "2025-10-23 23:27:01"), ("Chat RL", "2025-10-24 01:27:02")]
     r = logged_run(tmp_path, times)
-    assert (
-        r.generate().read_text().endswith("Total wall clock time: 1h0m\n")
-    )  # another run's header: its form
+    assert r.generate().read_text().endswith("Total wall clock time: 1h0m\n")  # another run's header: its form
     (tmp_path / "run.json").write_text("{}")
     tail = "Total wall clock time: 1h0m\n\nTotal wall clock time including RL: 3h0m\n"
     assert r.generate().read_text().endswith(tail)
@@ -359,9 +351,7 @@ def test_rl_counts_in_our_own_runs_on_a_line_after_the_references(tmp_path):
 
 def test_a_run_on_rented_gpus_says_what_it_cost(tmp_path):
     r = logged_run(tmp_path, [("Chat SFT", "2025-10-23 23:57:01")])  # an hour and a half
-    (tmp_path / "header.md").write_text(
-        HEADER.replace("### Bloat", "- Hourly Rate: $24.00/hour\n\n### Bloat")
-    )
+    (tmp_path / "header.md").write_text(HEADER.replace("### Bloat", "- Hourly Rate: $24.00/hour\n\n### Bloat"))
     (tmp_path / "run.json").write_text("{}")
     assert "\nCost at $24.00/hour: $36.00\n" in r.generate().read_text()
 

@@ -105,14 +105,10 @@ def _from_network(repo: str, config: str, split: str) -> Sequence[dict[str, Any]
     try:
         import datasets  # heavy, and of no use where the rows are on disk
     except ImportError as error:
-        raise InputError(
-            f"{repo} is not on disk and `datasets` cannot be imported ({error}); {wayout}"
-        ) from None
+        raise InputError(f"{repo} is not on disk and `datasets` cannot be imported ({error}); {wayout}") from None
     try:
         return datasets.load_dataset(repo, config, split=split)
-    except (
-        Exception
-    ) as error:  # its network, hub and parsing layers raise unrelated kinds, all of them fatal here
+    except Exception as error:  # its network, hub and parsing layers raise unrelated kinds, all of them fatal here
         reason = (str(error).splitlines() or [""])[0][:200]
         raise InputError(
             f"cannot load {repo} ({config}, {split}): {type(error).__name__}: {reason}; {wayout}"

@@ -70,9 +70,7 @@ def row_groups(path: Path, refetch: str = "fetch it again") -> int:
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error, refetch) from None
     if "text" not in schema.names:
-        raise InputError(
-            f"{path} has no column 'text' (it has {', '.join(schema.names)}); rename the text column"
-        )
+        raise InputError(f"{path} has no column 'text' (it has {', '.join(schema.names)}); rename the text column")
     kind = schema.field("text").type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise InputError(f"column 'text' of {path} holds {kind}, not strings; convert it")
@@ -210,9 +208,7 @@ def open_shards(shards: ShardSet, num_shards: int | None = None) -> ParquetSourc
     command = shards.command(num_shards or 8)
     if num_shards is not None:
         if not 1 <= num_shards <= shards.val_shard:
-            raise InputError(
-                f"{num_shards} shards of {shards.name}; it has 1 to {shards.val_shard} for training"
-            )
+            raise InputError(f"{num_shards} shards of {shards.name}; it has 1 to {shards.val_shard} for training")
         train = [directory / shards.file_name(i) for i in range(num_shards)]
         missing = [p.name for p in train if not p.is_file()]
     else:
@@ -316,6 +312,4 @@ def open_source(name: str, *, num_shards: int | None = None) -> Source:
     for path in candidates:
         if name and path.exists():
             return open_folder(name, path, num_shards)
-    raise InputError(
-        f"no data source {name!r}; use {', '.join(SHARD_SETS)}, tinyworld or a folder of text files"
-    )
+    raise InputError(f"no data source {name!r}; use {', '.join(SHARD_SETS)}, tinyworld or a folder of text files")

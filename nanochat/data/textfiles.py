@@ -23,9 +23,7 @@ Piece = tuple[int, int]  # (offset, length) in bytes
 
 def text_hash(text: str) -> int:
     """64 bits of the text alone, so that a document keeps its split wherever it is moved to."""
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
-    )
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def hash_cut(hashes: np.ndarray, where: str) -> int:
@@ -66,9 +64,7 @@ def _jsonl_text(line: bytes, where: str) -> str:
     except UnicodeDecodeError:
         raise InputError(f"{where} is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where} is no JSON ({error.msg}, column {error.colno}); one object a line"
-        ) from None
+        raise InputError(f"{where} is no JSON ({error.msg}, column {error.colno}); one object a line") from None
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         found = f"keys {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
@@ -111,9 +107,7 @@ def text_pieces(path: Path) -> Iterator[tuple[Piece, str]]:
         try:
             text = _plain(raw[offset : offset + length])
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path} is not UTF-8 at byte {offset + error.start}; save it as UTF-8"
-            ) from None
+            raise InputError(f"{path} is not UTF-8 at byte {offset + error.start}; save it as UTF-8") from None
         if text:
             yield (offset, length), text
 

@@ -133,9 +133,7 @@ def read_bundle(path: str | Path, name: str | None = None) -> Bundle:
                 f"task {label} has no data file {file} in {path}; add it or remove the task from core.yaml"
             )
         shots, delimiter = entry["num_fewshot"][0], entry.get("continuation_delimiter", " ")
-        tasks.append(
-            CoreTask(label, kind, shots, delimiter, baselines[label], partial(_read_items, read, file))
-        )
+        tasks.append(CoreTask(label, kind, shots, delimiter, baselines[label], partial(_read_items, read, file)))
     return Bundle(name or path.stem.removesuffix("_bundle"), tuple(tasks))
 
 
