@@ -169,6 +169,13 @@ def hub_dir() -> Path | None:
     return Path(name)
 
 
+def offer_tiktoken_cache() -> None:
+    """Let tiktoken read its vocabularies from the hub mirror, unless TIKTOKEN_CACHE_DIR says where."""
+    hub = hub_dir()
+    if hub is not None and (hub / "tiktoken_cache").is_dir():
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(hub / "tiktoken_cache"))
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -22,7 +22,7 @@ import torch
 import rustbpe
 from nanochat import chat
 from nanochat.config import InputError
-from nanochat.runtime import base_dir, hub_dir
+from nanochat.runtime import base_dir, offer_tiktoken_cache
 
 # GPT-4's pattern with digits by at most two instead of three, so that a small vocabulary does not spend
 # a thousand ids on numbers.
@@ -110,9 +110,7 @@ class Tokenizer:
         Raises:
             InputError: unknown, or its vocabulary is neither cached nor to be fetched.
         """
-        hub = hub_dir()
-        if hub is not None and (hub / "tiktoken_cache").is_dir():
-            os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(hub / "tiktoken_cache"))
+        offer_tiktoken_cache()
         try:
             return cls(tiktoken.get_encoding(name), "<|endoftext|>")
         except OSError as error:  # requests' errors are OSErrors, several lines long
