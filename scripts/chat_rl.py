@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +24,15 @@ from torch import Tensor
 from nanochat import checkpoint, runtime
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.engine import Engine
-from nanochat.optim import build_optimizer
+from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.report import get_report
 from nanochat.runtime import all_reduce, print0
 from nanochat.tracking import DUMMY, Tracker
 from nanochat.trainer import LoopState, accumulate, muon_dtype, restore, resume_path, train_loop
 from tasks.common import Task
 from tasks.registry import rl_tasks
+
+MUON_MOMENTUM = 0.95  # constant: the run is too short for a warm-up to matter
 
 
 @dataclass(frozen=True)
@@ -160,10 +163,81 @@ def pass_at_k(policy: Policy, task: Task, cfg: ChatRLConfig) -> list[float]:
     return [float(x) / n for x in all_reduce(solved)]
 
 
-def run(cfg: ChatRLConfig) -> LoopState:
-    rt = runtime.start(cfg.device_type, cfg.seed)
-    if cfg.dtype is not None:
-        rt = dataclasses.replace(rt, dtype=runtime.DTYPES[cfg.dtype])
+@dataclass
+class RLTrainer:
+    """What a step, a checkpoint and an evaluation need."""
+
+    policy: Policy
+    optimizer: MuonAdamW
+    train_task: Task
+    val_task: Task
+    tracker: Tracker
+    directory: Path  # of the checkpoints
+    meta: dict[str, Any]  # stored with each checkpoint
+    num_iterations: int
+    skipped_groups: int = 0
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+    def step(self, state: LoopState) -> None:
+        cfg, rt = self.policy.cfg, self.policy.rt
+        t0 = time.perf_counter()
+        per_rank = cfg.examples_per_step // rt.world_size
+        first = state.step * cfg.examples_per_step + rt.rank * per_rank
+        indices = [i % len(self.train_task) for i in range(first, first + per_rank)]
+        seed = step_seed(cfg.seed, state.step, rt.rank)
+        with torch.no_grad():
+            rollouts = self.policy.roll_out(self.train_task, indices, cfg.num_samples, seed)
+        self.policy.model.train()
+        lrm = 1 - state.step / self.num_iterations
+        self.optimizer.set_lr(lrm, MUON_MOMENTUM)
+        state.loss = accumulate(self.policy.model, self.policy.batches(rollouts), rt.world_size, rt.device).item()
+        self.optimizer.step()
+        state.train_seconds += time.perf_counter() - t0
+        self._log(state, rollouts, lrm, time.perf_counter() - t0)
+
+    def _log(self, state: LoopState, rollouts: Rollouts, lrm: float, dt: float) -> None:
+        rewards = rollouts.rewards
+        equal = (rewards == rewards[:, :1]).all(dim=1).float().mean()
+        length = sum(map(len, rollouts.sequences)) / len(rollouts.sequences)
+        means = torch.tensor([rewards.mean(), length, equal], device=self.policy.rt.device)
+        reward, length, equal_share = all_reduce(means, "mean").tolist()
+        self.skipped_groups += round(equal_share * self.policy.cfg.examples_per_step)
+        done, total = state.step + 1, self.num_iterations
+        print0(
+            f"step {done:05d}/{total:05d} | reward: {reward:.4f} | sequence length: {length:.1f} | "
+            f"equal groups: {equal_share:.2f} | lrm: {lrm:.2f} | dt: {dt:.2f}s | eta: {dt * (total - done) / 60:.1f}m"
+        )
+        self.tracker.log(done, reward=reward, sequence_length=length, lrm=lrm, equal_groups=equal_share)
+
+    def save(self, state: LoopState) -> None:
+        if state.step:
+            meta = {**self.meta, "loop_state": dataclasses.asdict(state), "loader_cursor": None}
+            policy = self.policy
+            path = checkpoint.save(policy.rt, self.directory, state.step, policy.model, self.optimizer, meta)
+            print0(f"Saved {path}")
+
+    def evaluate(self, state: LoopState) -> None:
+        with torch.no_grad():
+            passes = pass_at_k(self.policy, self.val_task, self.policy.cfg)
+        shown = ", ".join(f"Pass@{k}: {p:.4f}" for k, p in enumerate(passes, 1))
+        print0(f"Step {state.step:05d} | {shown}")
+        self.tracker.log(state.step, **{"pass_at_1": passes[0], f"pass_at_{len(passes)}": passes[-1]})
+        if not self.outcome:
+            self.outcome[f"Pass@1 at step {state.step}"] = passes[0]
+        self.outcome["Pass@1 at the end"] = passes[0]
+        self.outcome[f"Pass@{len(passes)} at the end"] = passes[-1]
+
+
+def num_iterations(cfg: ChatRLConfig, num_examples: int) -> int:
+    steps = cfg.num_iterations or (num_examples // cfg.examples_per_step) * cfg.num_epochs
+    if steps < 1:
+        raise InputError(
+            f"--examples_per_step {cfg.examples_per_step} is more than the {num_examples} examples of {cfg.task}"
+        )
+    return steps
+
+
+def build(cfg: ChatRLConfig, rt: runtime.Runtime) -> tuple[RLTrainer, LoopState]:
     if cfg.examples_per_step % rt.world_size:
         near = -(-cfg.examples_per_step // rt.world_size) * rt.world_size
         raise InputError(
@@ -171,7 +245,7 @@ def run(cfg: ChatRLConfig) -> LoopState:
         )
     model, tokenizer, meta = checkpoint.load_model(cfg.source, rt, cfg.model_tag, cfg.model_step)
     train_task, val_task = rl_tasks(cfg.task)
-    policy = Policy(cfg, rt, model, tokenizer)
+    steps = num_iterations(cfg, len(train_task))
     optimizer = build_optimizer(
         model,
         unembedding_lr=cfg.unembedding_lr,
@@ -184,69 +258,39 @@ def run(cfg: ChatRLConfig) -> LoopState:
     directory = checkpoint.tag_directory("rl", meta["tag"])
     saved = resume_path(directory, cfg.resume)
     state, _ = restore(saved, model, optimizer) if saved else (LoopState(), None)
-    steps = cfg.num_iterations or (len(train_task) // cfg.examples_per_step) * cfg.num_epochs
-    if steps < 1:
-        raise InputError(
-            f"--examples_per_step {cfg.examples_per_step} is more than the {len(train_task)} examples of {cfg.task}"
-        )
     user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
-    tracker = Tracker("rl", cfg.run, rt, user_config)
     kept = {k: meta[k] for k in ("model_config", "tokenizer", "data") if k in meta}
-    kept |= {"user_config": {**user_config, "dataset": meta["user_config"].get("dataset")}}
-    outcome: dict[str, Any] = {"Number of iterations": steps, "DDP world size": rt.world_size}
-    skipped_groups = 0
+    trainer = RLTrainer(
+        policy=Policy(cfg, rt, model, tokenizer),
+        optimizer=optimizer,
+        train_task=train_task,
+        val_task=val_task,
+        tracker=Tracker("rl", cfg.run, rt, user_config),
+        directory=directory,
+        meta={**kept, "user_config": {**user_config, "dataset": meta["user_config"].get("dataset")}},
+        num_iterations=steps,
+    )
+    return trainer, state
 
-    def step(state: LoopState) -> None:
-        nonlocal skipped_groups
-        t0 = time.perf_counter()
-        per_rank = cfg.examples_per_step // rt.world_size
-        first = state.step * cfg.examples_per_step + rt.rank * per_rank
-        indices = [i % len(train_task) for i in range(first, first + per_rank)]
-        with torch.no_grad():
-            rollouts = policy.roll_out(train_task, indices, cfg.num_samples, step_seed(cfg.seed, state.step, rt.rank))
-        model.train()
-        lrm = 1 - state.step / steps
-        optimizer.set_lr(lrm, 0.95)
-        state.loss = accumulate(model, policy.batches(rollouts), rt.world_size, rt.device).item()
-        optimizer.step()
-        equal = (rollouts.rewards == rollouts.rewards[:, :1]).all(dim=1).float().mean()
-        length = float(sum(map(len, rollouts.sequences)) / len(rollouts.sequences))
-        means = torch.tensor([rollouts.rewards.mean(), length, equal], device=rt.device)
-        reward, length, equal_share = all_reduce(means, "mean").tolist()
-        skipped_groups += round(equal_share * cfg.examples_per_step)
-        dt = time.perf_counter() - t0
-        state.train_seconds += dt
-        print0(
-            f"step {state.step + 1:05d}/{steps:05d} | reward: {reward:.4f} | sequence length: {length:.1f} | equal "
-            f"groups: {equal_share:.2f} | lrm: {lrm:.2f} | dt: {dt:.2f}s | "
-            f"eta: {dt * (steps - state.step - 1) / 60:.1f}m"
-        )
-        tracker.log(state.step + 1, reward=reward, sequence_length=length, lrm=lrm, equal_groups=equal_share)
 
-    def save(state: LoopState) -> None:
-        if state.step:
-            extra = {"loop_state": dataclasses.asdict(state), "loader_cursor": None}
-            path = checkpoint.save(rt, directory, state.step, model, optimizer, {**kept, **extra})
-            print0(f"Saved {path}")
-
-    def evaluate(state: LoopState) -> None:
-        with torch.no_grad():
-            passes = pass_at_k(policy, val_task, cfg)
-        shown = ", ".join(f"Pass@{k}: {p:.4f}" for k, p in enumerate(passes, 1))
-        print0(f"Step {state.step:05d} | {shown}")
-        tracker.log(state.step, **{"pass_at_1": passes[0], f"pass_at_{len(passes)}": passes[-1]})
-        outcome.setdefault("Pass@1 at the start", passes[0])
-        outcome["Pass@1 at the end"] = passes[0]
-        outcome[f"Pass@{len(passes)} at the end"] = passes[-1]
-
-    hooks = [(cfg.save_every or 10**9, save), (cfg.eval_every, evaluate)]
-    state = train_loop(state, step, lambda s: s.step >= steps, hooks)
-    outcome["Groups with equal rewards, skipped"] = skipped_groups
-    outcome["Total training time"] = f"{state.train_seconds / 60:.2f}m"
+def run(cfg: ChatRLConfig) -> LoopState:
+    rt = runtime.start(cfg.device_type, cfg.seed)
+    if cfg.dtype is not None:
+        rt = dataclasses.replace(rt, dtype=runtime.DTYPES[cfg.dtype])
+    trainer, state = build(cfg, rt)
+    hooks = [(cfg.save_every or 10**9, trainer.save), (cfg.eval_every, trainer.evaluate)]
+    state = train_loop(state, trainer.step, lambda s: s.step >= trainer.num_iterations, hooks)
+    outcome = {
+        "Number of iterations": state.step,
+        "DDP world size": rt.world_size,
+        **trainer.outcome,
+        "Groups with equal rewards, skipped": trainer.skipped_groups,
+        "Total training time": f"{state.train_seconds / 60:.2f}m",
+    }
     old, new = report_config(cfg)
     old["dtype"] = str(rt.dtype).removeprefix("torch.")
     get_report().log("Chat RL", [old, new, outcome])
-    tracker.finish()
+    trainer.tracker.finish()
     runtime.stop()
     return state
 
