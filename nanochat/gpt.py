@@ -173,6 +173,9 @@ class Slots:
 
 
 class GPT(nn.Module):
+    cos: Tensor  # (max_positions, head_dim/2)
+    sin: Tensor
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
@@ -226,7 +229,7 @@ class GPT(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        return list(self.transformer["h"])  # type: ignore[arg-type]
+        return list(self.transformer["h"])  # type: ignore[call-overload]
 
     @property
     def device(self) -> torch.device:
@@ -292,7 +295,7 @@ class GPT(nn.Module):
             slots = Slots(cache, positions, end)
             rope = (self.cos[positions][:, :, None], self.sin[positions][:, :, None])
         x = norm(self.wte(idx).to(self.compute_dtype))
-        for block in self.transformer["h"]:  # type: ignore[union-attr]
+        for block in self.blocks:
             x = block(x, rope, slots)
         if cache is not None:
             cache.lengths = cache.lengths + T

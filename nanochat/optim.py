@@ -102,7 +102,7 @@ class MuonAdamW:
         total = shard.numel * self.world
         if shard.group.kind == "muon":
             full = torch.stack([t.float() for t in tensors])
-            pad = (0, 0, 0, 0, 0, total - len(tensors))
+            pad: tuple[int, ...] = (0, 0, 0, 0, 0, total - len(tensors))
         else:
             full = tensors[0].float().reshape(-1)
             pad = (0, total - full.numel())

@@ -117,8 +117,8 @@ def h100s(num_gpus: int) -> Machine:
 
 
 def this_cpu(peak_flops: float) -> Machine:
-    """This machine without a GPU, from the FLOP/s of a large matmul on it; the other rates were seen on two cores
-    with bf16 instructions, for models of depth 2 to 4."""
+    """This machine without a GPU, from the FLOP/s of a large matmul on it. Training at depth 4 reached 0.35
+    of that on two cores (docs/BENCHMARKS.md); the other rates are rough guesses."""
     return Machine(
         name=f"this CPU, {peak_flops / 1e9:.0f} GFLOP/s measured in matmuls",
         num_devices=1,

@@ -259,7 +259,7 @@ def build(cfg: ChatRLConfig, rt: runtime.Runtime) -> tuple[RLTrainer, LoopState]
     saved = resume_path(directory, cfg.resume)
     state, _ = restore(saved, model, optimizer) if saved else (LoopState(), None)
     user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
-    kept = {k: meta[k] for k in ("model_config", "tokenizer", "data") if k in meta}
+    kept: dict[str, Any] = {k: meta[k] for k in ("model_config", "tokenizer", "data") if k in meta}
     trainer = RLTrainer(
         policy=Policy(cfg, rt, model, tokenizer),
         optimizer=optimizer,

@@ -122,7 +122,7 @@ def build(
     loader = PaddedConversations(train, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt, cursor)
     user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
     user_config["dataset"] = meta["user_config"].get("dataset")
-    kept = {k: meta[k] for k in ("model_config", "tokenizer", "data") if k in meta}
+    kept: dict[str, Any] = {k: meta[k] for k in ("model_config", "tokenizer", "data") if k in meta}
 
     def schedule(state: LoopState) -> tuple[float, None]:
         return scaling.lr_multiplier(state.step / steps, warmdown=1.0), None

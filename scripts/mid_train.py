@@ -95,7 +95,7 @@ def build(
         progress = loader.progress if steps is None else state.step / steps
         return scaling.lr_multiplier(progress), scaling.muon_momentum(state.step)
 
-    kept = {k: meta[k] for k in ("tokenizer", "data") if k in meta}
+    kept: dict[str, Any] = {k: meta[k] for k in ("tokenizer", "data") if k in meta}
     return Trainer(
         rt=rt,
         stage="mid",
