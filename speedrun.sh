@@ -17,8 +17,8 @@ parse_arguments "cpu gpu1 gpu2 gpu4 gpu8" "$@"
 
 if [ "$TIER" = cpu ]; then
     MODEL="--depth=4 --aspect_ratio=64 --head_dim=64 --max_seq_len=256"
-    CHARS=8_000_000 VOCAB=2048 BASE_STEPS=550 EVAL_TOKENS=65536 CORE=50 COMPILE=--compile
-    MID_STEPS=220 SFT_STEPS=300 RL_STEPS=40 RL_EXAMPLES=64 PROBLEMS=200
+    CHARS=8_000_000 VOCAB=2048 BASE_STEPS=500 EVAL_TOKENS=65536 CORE=50 COMPILE=--compile
+    MID_STEPS=220 SFT_STEPS=220 RL_STEPS=40 RL_EXAMPLES=64 PROBLEMS=200
     if [ -n "$QUICK" ]; then
         MODEL="--depth=2 --aspect_ratio=32 --head_dim=32 --max_seq_len=256"
         CHARS=500_000 VOCAB=1024 BASE_STEPS=40 EVAL_TOKENS=8192 CORE=5 COMPILE=--no-compile

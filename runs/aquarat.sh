@@ -26,12 +26,12 @@ if [ "$TIER" = cpu ]; then
     stage reset python -m nanochat.report reset
     stage tok_train python -m scripts.tok_train --dataset="$TEXT" --max_chars=20_000_000 --vocab_size=4096
     stage tok_eval python -m scripts.tok_eval
-    stage base_train python -m scripts.base_train --run="$WANDB_RUN" --dataset="$TEXT" --depth=4 --aspect_ratio=32 --head_dim=32 $BATCH --num_iterations=200 --eval_every=100 --eval_tokens=65536 --core_metric_every=200 --core_metric_max_per_task=4 --sample_every=-1 $RESUME
+    stage base_train python -m scripts.base_train --run="$WANDB_RUN" --dataset="$TEXT" --depth=4 --aspect_ratio=32 --head_dim=32 $BATCH --num_iterations=100 --eval_every=50 --eval_tokens=65536 --core_metric_every=100 --core_metric_max_per_task=4 --sample_every=-1 $RESUME
     stage base_loss python -m scripts.base_loss --model_tag="$TAG" --device_batch_size=8 --split_tokens=65536
     stage base_eval python -m scripts.base_eval --model_tag="$TAG" --max_per_task=4
-    stage mid_train python -m scripts.mid_train --run="$WANDB_RUN" --model_tag="$TAG" $BATCH --num_iterations=100 --eval_every=50 --eval_tokens=65536 $RESUME
+    stage mid_train python -m scripts.mid_train --run="$WANDB_RUN" --model_tag="$TAG" $BATCH --num_iterations=50 --eval_every=25 --eval_tokens=65536 $RESUME
     stage eval_mid python -m scripts.chat_eval -i mid --model_tag="$TAG" -a GSM8K --max_new_tokens=128 --batch_size=32 --max_problems=64
-    stage chat_sft python -m scripts.chat_sft --run="$WANDB_RUN" --model_tag="$TAG" --num_iterations=100 --aqua_train_examples=20000 --aqua_val_examples=254 --eval_every=50 --eval_steps=16 --eval_metrics_every=-1 $RESUME
+    stage chat_sft python -m scripts.chat_sft --run="$WANDB_RUN" --model_tag="$TAG" --num_iterations=50 --aqua_train_examples=20000 --aqua_val_examples=254 --eval_every=50 --eval_steps=16 --eval_metrics_every=-1 $RESUME
     stage eval_sft python -m scripts.chat_eval -i sft --model_tag="$TAG" -a AQUA
     # AQUA rather than GSM8K: a guessed letter is right one time in five, while no guessed number ever is
     stage chat_rl python -m scripts.chat_rl --run="$WANDB_RUN" --model_tag="$TAG" --task=AQUA --device_batch_size=4 --num_samples=4 --max_new_tokens=64 --temperature=0.7 --num_iterations=10 --eval_every=10 --eval_examples=32 $RESUME

@@ -223,7 +223,7 @@ def test_prompts_beyond_the_limits_are_refused_in_one_line():
 def test_no_prompts_and_no_tokens_give_nothing():
     engine = Engine(tiny_gpt(V), TOKENIZER)
     assert engine.generate_many([]) == ([], [], [])
-    assert engine.generate_many([[BOS]], max_tokens=0) == ([[BOS]], [[0]], [False])
+    assert engine.generate_many([[BOS]], max_tokens=0) == ([[BOS]], [[0]], [None])
 
 
 def test_ids_beyond_the_tokenizers_are_never_sampled():

@@ -246,6 +246,13 @@ def test_small_blocks_are_packed_together() -> None:
     assert sorted(documents) == [(0, 1, 2, 3)] * 8 + [(0, 4, 5, 6)] * 8
 
 
+def test_rows_of_long_and_of_short_documents_are_mixed() -> None:
+    texts = ["a" * T] * 40 + ["b"] * 160  # 40 rows of one long document, then 40 of four short ones
+    first = [row[1] for row in rows_of(make(Texts([texts]), batch_size=1))]
+    assert len(first) == 80
+    assert 10 <= first[:40].count(first[0]) <= 30  # in the packer's order it would be 40
+
+
 def test_only_the_last_row_of_a_pass_is_not_full() -> None:
     source = random_source(num_blocks=6, documents=13, longest=5)
     rows = rows_of(make(source, batch_size=1))

@@ -75,8 +75,12 @@ def test_400_merges_of_real_text_equal_the_plain_trainer():
     assert tokens_of(fast) == train_plainly(texts, 656, SPLIT_PATTERN)
 
 
+# Unassigned characters are left out: which of them are letters depends on the Unicode version of each regex engine.
+CHARACTERS = st.characters(exclude_categories=["Cs", "Cn"])
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.text("ab 1\n", max_size=40)))
+@given(st.lists(st.text(CHARACTERS, max_size=20) | st.text("ab 1\n", max_size=40)))
 def test_any_texts_equal_the_plain_trainer_and_tiktoken_and_decode_back(texts):
     fast = trained(texts, 300, pattern=SPLIT_PATTERN)
     tokens = tokens_of(fast)

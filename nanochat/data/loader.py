@@ -104,6 +104,9 @@ def packed_units(
                 rows = rows[:-1]
             if len(rows):
                 is_empty = False
+                # best fit puts long documents first: in that order a step would see one kind of text only
+                full = len(rows) - int(rows[-1, -1] < 0)
+                rows[:full] = np.random.default_rng((epoch, first)).permutation(rows[:full])
                 yield epoch, first, rows
         if is_empty:
             raise InputError(f"the {split} split of {source.name} has no text; add documents to it")
