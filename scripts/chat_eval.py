@@ -79,6 +79,10 @@ def report_items(results: Mapping[str, ChatResult]) -> list[dict[str, Any]]:
     for task, result in results.items():
         low, high = result.interval
         new[f"{task} 95% interval"] = f"{low:.4f} to {high:.4f} ({result.num_passed} of {result.total})"
+        guessing = max(BASELINES.get(task, 0.0), result.majority or 0.0)
+        new[f"{task} better than guessing"] = (
+            "yes" if low > guessing else "no, as is to be expected of a very small model"
+        )
         if result.majority is not None:
             new[f"{task} always the commonest letter"] = result.majority
         if result.num_lenient is not None:
