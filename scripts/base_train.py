@@ -77,6 +77,7 @@ class BaseTrainConfig:
             "total_batch_size",
             "eval_tokens",
             "head_dim",
+            "aspect_ratio",
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
