@@ -16,27 +16,28 @@ set -euo pipefail
 parse_arguments "cpu gpu1 gpu2 gpu4 gpu8" "$@"
 
 if [ "$TIER" = cpu ]; then
-    MODEL="--depth=4 --aspect_ratio=64 --head_dim=64 --max_seq_len=256"
-    CHARS=8_000_000 VOCAB=2048 BASE_STEPS=500 EVAL_TOKENS=65536 CORE=50 COMPILE=--compile
-    MID_STEPS=220 SFT_STEPS=220 RL_STEPS=40 RL_EXAMPLES=64 PROBLEMS=200
+    MODEL="--depth=4 --arch=modern --aspect_ratio=48 --head_dim=96 --max_seq_len=256"
+    CHARS=8_000_000 VOCAB=2048 BASE_STEPS=400 EVAL_TOKENS=32768 CORE=40 COMPILE=--compile
+    MID_STEPS=160 SFT_STEPS=100 RL_STEPS=20 RL_EXAMPLES=64 PROBLEMS=200
     if [ -n "$QUICK" ]; then
-        MODEL="--depth=2 --aspect_ratio=32 --head_dim=32 --max_seq_len=256"
+        MODEL="--depth=2 --arch=modern --aspect_ratio=32 --head_dim=32 --max_seq_len=256"
         CHARS=500_000 VOCAB=1024 BASE_STEPS=40 EVAL_TOKENS=8192 CORE=5 COMPILE=--no-compile
         MID_STEPS=20 SFT_STEPS=20 RL_STEPS=3 RL_EXAMPLES=8 PROBLEMS=10
     fi
     DEPTH=${MODEL#--depth=} DEPTH=${DEPTH%% *}
-    BATCH="--device_batch_size=32 --total_batch_size=8192"
+    # small steps, and less for the embeddings: at the default rate, meant for half a million tokens a step, they only jitter
+    BATCH="--device_batch_size=16 --total_batch_size=4096" RATES="--embedding_lr=0.05 --unembedding_lr=0.012"
 
     begin "d$DEPTH"
     stage reset python -m nanochat.report reset
     stage tok_train python -m scripts.tok_train --dataset=tinyworld --max_chars=$CHARS --vocab_size=$VOCAB
     stage tok_eval python -m scripts.tok_eval
-    stage base_train python -m scripts.base_train --run="$WANDB_RUN" --dataset=tinyworld $MODEL $BATCH --num_iterations=$BASE_STEPS --eval_every=200 --eval_tokens=$EVAL_TOKENS --core_metric_every=-1 --sample_every=-1 --save_every=200 $COMPILE $RESUME
+    stage base_train python -m scripts.base_train --run="$WANDB_RUN" --dataset=tinyworld $MODEL $BATCH $RATES --warmdown_ratio=0.5 --num_iterations=$BASE_STEPS --eval_every=200 --eval_tokens=$EVAL_TOKENS --core_metric_every=-1 --sample_every=-1 --save_every=200 $COMPILE $RESUME
     stage base_loss python -m scripts.base_loss --model_tag="$TAG" --device_batch_size=16 --split_tokens=$EVAL_TOKENS
     stage base_eval python -m scripts.base_eval --model_tag="$TAG" --max_per_task=$CORE
-    stage mid_train python -m scripts.mid_train --run="$WANDB_RUN" --model_tag="$TAG" --max_seq_len=256 $BATCH --num_iterations=$MID_STEPS --eval_every=100 --eval_tokens=$EVAL_TOKENS --save_every=100 $COMPILE $RESUME
+    stage mid_train python -m scripts.mid_train --run="$WANDB_RUN" --model_tag="$TAG" --max_seq_len=256 $BATCH $RATES --num_iterations=$MID_STEPS --eval_every=100 --eval_tokens=$EVAL_TOKENS --save_every=100 $COMPILE $RESUME
     stage eval_mid python -m scripts.chat_eval -i mid --model_tag="$TAG" --max_new_tokens=128 --batch_size=32 --max_problems=$PROBLEMS
-    stage chat_sft python -m scripts.chat_sft --run="$WANDB_RUN" --model_tag="$TAG" --device_batch_size=64 --target_examples_per_step=64 --init_lr_frac=0.4 --num_iterations=$SFT_STEPS --eval_steps=8 --eval_metrics_every=-1 --save_every=100 $RESUME
+    stage chat_sft python -m scripts.chat_sft --run="$WANDB_RUN" --model_tag="$TAG" --device_batch_size=16 --target_examples_per_step=64 $RATES --init_lr_frac=0.4 --num_iterations=$SFT_STEPS --eval_steps=8 --eval_metrics_every=-1 --save_every=100 $RESUME
     stage eval_sft python -m scripts.chat_eval -i sft --model_tag="$TAG" --max_new_tokens=128 --batch_size=32 --max_problems=$PROBLEMS
     stage chat_rl python -m scripts.chat_rl --run="$WANDB_RUN" --model_tag="$TAG" --task=TinyWordProblems --num_iterations=$RL_STEPS --device_batch_size=32 --num_samples=16 --max_new_tokens=96 --eval_every=20 --eval_examples=$RL_EXAMPLES --save_every=30 $RESUME
     stage eval_rl python -m scripts.chat_eval -i rl --model_tag="$TAG" --max_new_tokens=128 --batch_size=32 --max_problems=$PROBLEMS

@@ -1,6 +1,7 @@
 """The model: a decoder-only transformer (Vaswani et al. 2017, arXiv 1706.03762) with rotary positions
 (Su et al. 2021, arXiv 2104.09864), RMS norm without parameters, QK norm, squared ReLU (So et al. 2021,
-arXiv 2109.08668), untied embeddings, no biases and a soft cap on the logits.
+arXiv 2109.08668), untied embeddings, no biases and a soft cap on the logits. That is `plain`; `modern` differs by
+`offset_keys` and by `QK_INIT`.
 
 # B rows, T positions, C = n_embd, H = n_head, H_kv = n_kv_head, D = head_dim, V = vocab_size
 """
@@ -20,11 +21,14 @@ from nanochat.attention import cached_attention, causal_attention
 from nanochat.config import InputError
 from nanochat.scaling import Shape
 
-ARCHS = ("plain",)
+ARCHS = ("plain", "modern")
 LOGIT_CAP = 15.0
 ROPE_BASE = 10_000.0
 LOGITS_AT_ONCE = 1 << 28  # 1 GiB of fp32; beyond it the loss is computed in chunks
 ROPE_SPAN = 10  # rotary tables reach this many times sequence_len
+# Scale of the initial c_q and c_k in `modern`. QK norm takes the scale of queries and keys away, so a smaller start
+# only means that the same steps turn them further: a copying task takes 125 steps, not 175 (docs/EXPERIMENTS.md).
+QK_INIT = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @property
+    def is_modern(self) -> bool:
+        return self.arch == "modern"
+
+    @property
     def max_positions(self) -> int:
         """Positions that the rotary tables cover; a longer context is an error."""
         return ROPE_SPAN * self.sequence_len
@@ -66,22 +74,25 @@ class GPTConfig:
 class KVCache:
     """Keys and values of a batch of rows, each row with its own length.
 
-    k, v: (n_layer, B, max_len, H_kv, D); lengths: (B,) int64, tokens held per row.
+    k, v: (n_layer, B, max_len, H_kv, D), k with one slot more for what the last key passes on (`offset_keys`);
+    lengths: (B,) int64, tokens held per row.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device: Any, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, batch_size, max_len, config.n_kv_head, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.offset_keys = config.is_modern
+        L, H, D = config.n_layer, config.n_kv_head, config.head_dim
+        self.k = torch.zeros(L, batch_size, max_len + 1, H, D, device=device, dtype=dtype)
+        self.v = torch.zeros(L, batch_size, max_len, H, D, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)
 
     @property
     def max_len(self) -> int:
-        return self.k.size(2)
+        return self.v.size(2)
 
     def select(self, rows: Tensor, max_len: int | None = None) -> KVCache:
         """A cache of the given rows (int64 indices, repeats allowed), widened to max_len if given."""
         new = object.__new__(KVCache)
+        new.offset_keys = self.offset_keys
         new.k, new.v, new.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
         if max_len is not None and max_len > self.max_len:
             pad = (0, 0, 0, 0, 0, max_len - self.max_len)
@@ -91,7 +102,11 @@ class KVCache:
     def insert(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Write (B, T, H_kv, D) at each row's (B, T) positions; returns the layer's slots 0..end."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.k[layer][rows, positions] = k
+        if self.offset_keys:  # what the next token's key shows of this one goes into its slot at once
+            fast, slow = channels(self.k[layer])
+            fast[rows, positions], slow[rows, positions + 1] = channels(k)
+        else:
+            self.k[layer][rows, positions] = k
         self.v[layer][rows, positions] = v
         return self.k[layer][:, :end], self.v[layer][:, :end]
 
@@ -117,6 +132,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
+def channels(k: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., D) keys -> views (..., 2, D/4) of the channels that turn fast and of those that turn slowly (or 1 channel
+    more of the slow) with the position: the first and the second half of each half of `rotate`'s layout."""
+    pairs = k.unflatten(-1, (2, -1))
+    at = pairs.size(-1) // 2
+    return pairs[..., :at], pairs[..., at:]
+
+
+def offset_keys(k: Tensor) -> Tensor:
+    """Each (B, T, H_kv, D) key gets the slow half of its channels from the key before it; the first has zeros there.
+
+    A query that looks for a token then finds the one after it, so that one layer can do what takes an induction head
+    two: find what followed the same token before. Partial key offset, record 49 of the modded-nanogpt speedrun (2025).
+    """
+    fast, slow = channels(k)
+    slow = F.pad(slow[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+    return torch.cat((fast, slow), dim=-1).flatten(-2)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -135,7 +169,7 @@ class Attention(nn.Module):
         v = self.c_v(x).view(B, T, -1, D)
         q, k = norm(rotate(q, *rope)), norm(rotate(k, *rope))
         if slots is None:
-            y = causal_attention(q, k, v)
+            y = causal_attention(q, offset_keys(k) if self.config.is_modern else k, v)
         else:
             k, v = slots.cache.insert(self.layer, k, v, slots.positions, slots.end)
             y = cached_attention(q, k, v, slots.positions)
@@ -222,6 +256,9 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
+            if self.config.is_modern:
+                block.attn.c_q.weight.mul_(QK_INIT)
+                block.attn.c_k.weight.mul_(QK_INIT)
 
     @property
     def wte(self) -> nn.Embedding:

@@ -80,7 +80,7 @@ TASK_EXAMPLES = {
 }
 OTHER = 200  # tinyworld's
 RL_EXAMPLES = {"GSM8K": 7473, "AQUA": 97_467, "SpellingBee": 80_000}
-CATEGORICAL = ("ARC-Easy", "ARC-Challenge", "MMLU", "AQUA", "TinyMC")
+CATEGORICAL = ("ARC-Easy", "ARC-Challenge", "MMLU", "AQUA")
 
 
 @dataclass(frozen=True)

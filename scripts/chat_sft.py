@@ -119,7 +119,7 @@ def build(
     directory = checkpoint.tag_directory("sft", meta["tag"])
     saved = resume_path(directory, cfg.resume)
     state, cursor = restore(saved, model, optimizer) if saved else (LoopState(), None)
-    loader = PaddedConversations(train, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt, cursor)
+    loader = PaddedConversations(train, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt, cursor, accum)
     user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
     user_config["dataset"] = meta["user_config"].get("dataset")
     kept: dict[str, Any] = {k: meta[k] for k in ("model_config", "tokenizer", "data") if k in meta}

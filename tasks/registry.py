@@ -32,9 +32,9 @@ RL_TASKS: dict[str, Callable[[], tuple[Task, Task]]] = {
     "GSM8K": lambda: (GSM8K("main", "train"), GSM8K("main", "test")),
     "AQUA": lambda: (AQUA("train"), AQUA("validation", shuffle=False)),
     "SpellingBee": lambda: (SpellingBee(80_000, "train"), SpellingBee(256, "test")),
-    "TinySums": lambda: (TinySums("train"), TinySums("test")),
-    "TinyWordProblems": lambda: (TinyWordProblems("train"), TinyWordProblems("test")),
-    "TinySpelling": lambda: (TinySpelling("train"), TinySpelling("test")),
+    "TinySums": lambda: (TinySums("train"), TinySums("dev")),
+    "TinyWordProblems": lambda: (TinyWordProblems("train"), TinyWordProblems("dev")),
+    "TinySpelling": lambda: (TinySpelling("train"), TinySpelling("dev")),
 }
 # What chat_eval evaluates when no task is named, in the report's order; ChatCORE needs all of them.
 REAL = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")

@@ -1,7 +1,7 @@
 """Tasks over the embedded corpus: facts, sums, word problems, spelling, multiple choice, who the model is.
 
-Each has a "train" split of any size and a "test" split that shares no phrasing, operand pair or spelled word
-with it. Their scores are tinyworld's own and compare with no other benchmark.
+Each has a "train" split of any size, "dev" to choose recipes by and "test" to report; they share no phrasing,
+operand pair or spelled word. Their scores are tinyworld's own and compare with no other benchmark.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from nanochat.config import InputError
-from nanochat.data.tinyworld import checks, conversation
-from tasks.common import Conversation, Task, evaluate_final_answer, evaluate_final_number, evaluate_letter
+from nanochat.data.tinyworld import SPLITS, checks, conversation
+from tasks.common import Conversation, Task, evaluate_final_answer, evaluate_final_number
 
 TEST_SIZE = 200
 TRAIN_SIZE = 4096  # conversations, unless a size is asked for
@@ -20,8 +20,8 @@ class TinyTask(Task):
     """Conversations of some kinds, taking turns.
 
     Args:
-        split: "train" or "test".
-        size: conversations; None = TRAIN_SIZE or TEST_SIZE.
+        split: "train", "dev" or "test".
+        size: conversations; None = TRAIN_SIZE, or TEST_SIZE where held out.
         first: index of the first one: two training sets do not overlap when their ranges do not.
 
     Raises:
@@ -32,8 +32,8 @@ class TinyTask(Task):
 
     def __init__(self, split: str, size: int | None = None, first: int = 0, **slicing: Any) -> None:
         super().__init__(**slicing)
-        if split not in ("train", "test"):
-            raise InputError(f"{type(self).__name__} has no split {split!r}; use train or test")
+        if split not in SPLITS:
+            raise InputError(f"{type(self).__name__} has no split {split!r}; use {', '.join(SPLITS)}")
         self.split, self.first = split, first
         self.size = size if size is not None else (TRAIN_SIZE if split == "train" else TEST_SIZE)
 
@@ -85,13 +85,12 @@ class TinySpelling(TinyTask):
 
 
 class TinyMC(TinyTask):
-    """Choose one of four."""
+    """Choose one of four: say the answer, then its letter, and be judged by the letter."""
 
     kinds = ("multiple_choice",)
-    eval_type = "categorical"
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        return evaluate_letter(conversation, response)
+        return checks.is_right_choice(conversation, response)
 
 
 class TinyIdentity(TinyTask):
@@ -126,19 +125,19 @@ RL_TASK = TinyWordProblems
 # Conversations of each task in midtraining and in supervised fine-tuning.
 MID_ROWS: dict[type[TinyTask], int] = {
     TinyFacts: 10_000,
-    TinySums: 3_000,
-    TinyWordProblems: 400,
-    TinySpelling: 8_000,
-    TinyMC: 8_000,
+    TinySums: 2_000,
+    TinyWordProblems: 2_500,
+    TinySpelling: 6_000,
+    TinyMC: 3_000,
     TinyIdentity: 1_500,
     TinyStories: 500,
-    TinyDialogue: 3_000,
+    TinyDialogue: 2_000,
 }
 SFT_ROWS: dict[type[TinyTask], int] = {
     TinyFacts: 4_000,
     TinySums: 1_000,
-    TinyWordProblems: 200,
-    TinySpelling: 5_000,
+    TinyWordProblems: 1_000,
+    TinySpelling: 4_000,
     TinyMC: 2_000,
     TinyIdentity: 600,
     TinyStories: 200,
@@ -158,5 +157,5 @@ def sft_tasks() -> list[Task]:
 
 
 def val_tasks() -> list[Task]:
-    """The validation conversations of both stages: held out, and no part of the scored test sets."""
-    return [task("test", size=VAL_ROWS, first=TEST_SIZE) for task in MID_ROWS]
+    """The validation conversations of both stages."""
+    return [task("dev", size=VAL_ROWS) for task in MID_ROWS]

@@ -69,13 +69,31 @@ def test_initial_weights_have_the_stated_spread():
         assert not silent.weight.any()
 
 
-def test_a_later_token_cannot_change_an_earlier_logit():
-    model, idx = tiny_gpt(), some_ids(2, 12)
+@pytest.mark.parametrize("arch", gpt.ARCHS)
+def test_a_later_token_cannot_change_an_earlier_logit(arch):
+    model, idx = tiny_gpt(arch=arch), some_ids(2, 12)
     changed = idx.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 50
     before, after = model(idx), model(changed)
     torch.testing.assert_close(before[:, :7], after[:, :7], rtol=0, atol=0)
     assert (before[:, 7:] != after[:, 7:]).any(dim=-1).all()
+
+
+def test_a_key_of_the_modern_model_shows_in_its_slow_channels_the_token_before():
+    # head size 8: channels 0 and 4, 1 and 5, ... turn together, the later ones of each half more slowly
+    k = torch.arange(1.0, 25.0).view(1, 3, 1, 8)
+    assert gpt.offset_keys(k)[0, :, 0].tolist() == [
+        [1, 2, 0, 0, 5, 6, 0, 0],
+        [9, 10, 3, 4, 13, 14, 7, 8],
+        [17, 18, 11, 12, 21, 22, 15, 16],
+    ]
+
+
+def test_the_modern_model_has_the_same_weights_and_starts_with_small_queries_and_keys():
+    plain, modern = tiny_gpt(std=None), tiny_gpt(std=None, arch="modern")
+    for (name, p), (other, m) in zip(plain.named_parameters(), modern.named_parameters(), strict=True):
+        assert name == other
+        torch.testing.assert_close(m, p * (0.1 if ".c_q." in name or ".c_k." in name else 1.0))
 
 
 def test_only_the_distance_between_positions_matters_to_a_rotated_score():
@@ -141,19 +159,21 @@ def test_the_soft_cap_is_computed_in_fp32_even_in_a_bf16_model():
 # The cache ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("arch", gpt.ARCHS)
 @pytest.mark.parametrize("n_kv_head", [4, 1])
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 1, 5], [1, 11], [3, 9]])
 @torch.no_grad()
-def test_logits_with_a_cache_are_those_of_a_full_forward_however_the_tokens_are_cut(n_kv_head, chunks):
-    model, idx = tiny_gpt(n_kv_head=n_kv_head), some_ids(3, 12)
+def test_logits_with_a_cache_are_those_of_a_full_forward_however_the_tokens_are_cut(arch, n_kv_head, chunks):
+    model, idx = tiny_gpt(arch=arch, n_kv_head=n_kv_head), some_ids(3, 12)
     cache = model.new_cache(batch_size=3, max_len=20)
     torch.testing.assert_close(fill(cache, model, idx, chunks), model(idx), rtol=1e-5, atol=1e-5)
     assert cache.lengths.tolist() == [12, 12, 12]
 
 
+@pytest.mark.parametrize("arch", gpt.ARCHS)
 @torch.no_grad()
-def test_rows_of_different_lengths_in_one_padded_batch_go_on_as_if_each_were_alone():
-    model = tiny_gpt(n_kv_head=2)
+def test_rows_of_different_lengths_in_one_padded_batch_go_on_as_if_each_were_alone(arch):
+    model = tiny_gpt(arch=arch, n_kv_head=2)
     lengths, extra = torch.tensor([3, 7, 1, 5]), 6
     rows = some_ids(4, 7 + extra)
     cache = model.new_cache(batch_size=4, max_len=7 + extra)
@@ -170,9 +190,10 @@ def test_rows_of_different_lengths_in_one_padded_batch_go_on_as_if_each_were_alo
     assert cache.lengths.tolist() == [9, 13, 7, 11]
 
 
+@pytest.mark.parametrize("arch", gpt.ARCHS)
 @torch.no_grad()
-def test_selected_rows_of_a_cache_go_on_alone_and_leave_the_original_as_it_was():
-    model, idx = tiny_gpt(), some_ids(2, 8)
+def test_selected_rows_of_a_cache_go_on_alone_and_leave_the_original_as_it_was(arch):
+    model, idx = tiny_gpt(arch=arch), some_ids(2, 8)
     cache = model.new_cache(batch_size=2, max_len=5)
     model(idx[:, :5], cache=cache)
     twice = cache.select(torch.tensor([1, 1, 0]), max_len=8)

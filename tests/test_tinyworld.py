@@ -13,14 +13,14 @@ import yaml
 
 from nanochat.chat import check_conversation
 from nanochat.config import InputError
-from nanochat.data.tinyworld import KINDS, NUM_BLOCKS, checks, conversation, documents, write_core_bundle
+from nanochat.data.tinyworld import KINDS, NUM_BLOCKS, SPLITS, checks, conversation, documents, write_core_bundle
 from nanochat.data.tinyworld.chitchat import IDENTITY, SMALLTALK
 from nanochat.data.tinyworld.conversations import spelling_templates
 from nanochat.data.tinyworld.multiple_choice import LETTERS
 from nanochat.data.tinyworld.phrases import fill, question_templates, statement_templates
-from nanochat.data.tinyworld.problems import THEMES, is_held_out_pair, sum_templates, theme_templates
+from nanochat.data.tinyworld.problems import THEMES, split_of_pair, sum_templates, theme_templates
 from nanochat.data.tinyworld.relations import relation, relations
-from nanochat.data.tinyworld.words import is_held_out_word, real_words
+from nanochat.data.tinyworld.words import real_words, split_of_word
 from nanochat.tools import calculate
 from tasks import tinyworld as tasks
 
@@ -92,7 +92,8 @@ def test_the_sampling_prompts_stand_in_the_training_text_with_their_true_ends(st
 
 
 def test_the_vocabulary_is_small(train_documents):
-    plain = " ".join(text for text in train_documents if ":" not in text)  # spellings and lists have colons
+    # spellings and echoes, which have made-up words, have colons or lines like "- word=A"
+    plain = " ".join(text for text in train_documents if not re.search(r":|=[A-Z]\n", text))
     assert len(set(re.findall(r"[A-Za-z]+", plain))) < 2500
 
 
@@ -148,20 +149,26 @@ def test_the_equations_hold():
 # --- train and test are kept apart
 
 
-def test_no_question_phrasing_is_in_both_splits():
+def assert_disjoint(parts: dict[str, set[str]], at_least: int = 1) -> None:
+    assert all(len(part) >= at_least for part in parts.values())
+    assert len(set().union(*parts.values())) == sum(map(len, parts.values()))
+
+
+def test_no_question_phrasing_is_in_two_splits():
     for r in relations():
         subject, answer = r.facts[0]
-        train = {fill(t, subject, answer) for t in question_templates(r, "train")}
-        test = {fill(t, subject, answer) for t in question_templates(r, "test")}
-        assert len(test) >= 3 and not train & test, r.name
+        asked = {s: {fill(t, subject, answer) for t in question_templates(r, s)} for s in SPLITS}
+        assert_disjoint(asked, at_least=3)
         assert not set(statement_templates(r, "train")) & set(statement_templates(r, "test")), r.name
-    assert "Tell me the capital city of {s}." in question_templates(relation("capital"), "test")
+    assert "Can you tell me the capital of {s}?" in question_templates(relation("capital"), "dev")
+    assert "Tell me the capital of {s}." in question_templates(relation("capital"), "test")
     for op in "+-*":
-        assert not set(sum_templates(op, "train")) & set(sum_templates(op, "test"))
+        assert_disjoint({s: set(sum_templates(op, s)) for s in SPLITS})
     for theme in THEMES:
-        assert theme_templates(theme, "test")
-        assert not set(theme_templates(theme, "train")) & set(theme_templates(theme, "test"))
-    assert not set(spelling_templates("train")) & set(spelling_templates("test"))
+        assert_disjoint({s: set(theme_templates(theme, s)) for s in SPLITS})
+    assert_disjoint({s: set(spelling_templates(s)) for s in SPLITS})
+    for intent in IDENTITY + SMALLTALK:
+        assert_disjoint({s: set(intent.of(s)) for s in SPLITS})
 
 
 def test_no_saying_of_small_talk_is_in_both_splits_or_means_two_things():
@@ -172,14 +179,14 @@ def test_no_saying_of_small_talk_is_in_both_splits_or_means_two_things():
 def test_a_held_out_phrasing_uses_only_words_that_training_has(train_text):
     seen = set(re.findall(r"[\w']+", train_text))
     for r in relations():
-        for template in question_templates(r, "test"):
+        for template in (*question_templates(r, "dev"), *question_templates(r, "test")):
             words = set(re.findall(r"[\w']+", fill(template, *r.facts[0])))
             assert words <= seen, (template, words - seen)
 
 
 def test_no_held_out_question_stands_in_a_training_document(train_text):
     for i in range(400):
-        question = user(conversation("facts", "test", i))
+        question = user(conversation("facts", ("dev", "test")[i % 2], i))
         if len(question) > 20:  # a short one may be the end of a longer one ("x if ...?")
             assert f"\n{question} " not in train_text and f"Question: {question}\n" not in train_text
 
@@ -194,34 +201,34 @@ def test_no_pair_of_operands_is_in_both_splits(train_text):
 
     train = pairs(train_text.replace(" * ", "*").replace(" + ", "+").replace(" - ", "-"))
     train |= first_calls("sums", "train", 2000) | first_calls("word_problems", "train", 2000)
-    test = first_calls("sums", "test", 200) | first_calls("word_problems", "test", 200)
-    assert len(train) > 3000 and len(test) > 200
-    assert not train & test
-    assert not any(is_held_out_pair(a, b) for a, b in train)
-    assert all(is_held_out_pair(a, b) for a, b in test)
+    assert len(train) > 3000 and {split_of_pair(a, b) for a, b in train} == {"train"}
+    for split in ("dev", "test"):
+        held_out = first_calls("sums", split, 200) | first_calls("word_problems", split, 200)
+        assert len(held_out) > 200 and {split_of_pair(a, b) for a, b in held_out} == {split}
 
 
-def test_about_one_pair_of_operands_in_eight_is_held_out_in_either_order():
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_about_one_pair_of_operands_in_sixteen_is_held_out_in_either_order(split):
     grid = [(a, b) for a in range(13, 113) for b in range(13, 113)]
-    assert sum(is_held_out_pair(a, b) for a, b in grid) / len(grid) == pytest.approx(1 / 8, abs=0.02)
-    assert all(is_held_out_pair(a, b) == is_held_out_pair(b, a) for a, b in grid)
-    assert not any(is_held_out_pair(a, b) for a in range(13) for b in range(13))
+    assert sum(split_of_pair(a, b) == split for a, b in grid) / len(grid) == pytest.approx(1 / 16, abs=0.01)
+    assert all(split_of_pair(a, b) == split_of_pair(b, a) for a, b in grid)
+    assert all(split_of_pair(a, b) == "train" for a in range(13) for b in range(13))
 
 
 def test_a_held_out_word_is_never_spelled_nor_written_in_training(train_text):
-    test = set(real_words("test"))
-    assert len(test) > 60 and not test & set(real_words("train"))
-    spelled = set(re.findall(r"^(?:.* )?(\w+):\w(?:,\w)*$", train_text, re.MULTILINE))
+    assert_disjoint({s: set(real_words(s)) for s in SPLITS}, at_least=30)
+    spelled = set(re.findall(r"^(?:.* )?\"?(\w+)\"?:\w(?:,\w)*$", train_text, re.MULTILINE))
     spelled |= {conversation("spelling", "train", i)["answer"] for i in range(2000)}
     assert len(spelled) > 2000
-    assert not any(is_held_out_word(word) for word in spelled)
-    assert {conversation("spelling", "test", i)["answer"] for i in range(200)} <= test
+    assert {split_of_word(word) for word in spelled} == {"train"}
+    for split in ("dev", "test"):
+        assert {conversation("spelling", split, i)["answer"] for i in range(200)} <= set(real_words(split))
 
 
 # --- conversations
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_conversation_is_well_formed_and_always_the_same(kind, split):
     for i in range(60):
@@ -263,21 +270,25 @@ def test_the_multiple_choice_frame_is_exact():
     frame = re.compile(
         r"Multiple Choice question: [^\n]+\n"
         r"- ([^\n]+)=A\n- ([^\n]+)=B\n- ([^\n]+)=C\n- ([^\n]+)=D\n\n"
-        r"Respond only with the letter of the correct answer\."
+        r"Say the answer, then its letter\."
     )
     golds = []
     for i in range(400):
         chat = conversation("multiple_choice", "test", i)
         choices = frame.fullmatch(user(chat)).groups()
         assert len(set(choices)) == 4
-        assert chat["letters"] == list(LETTERS) and reply(chat) == chat["answer"]
-        golds.append(chat["answer"])
+        letter = chat["answer_letter"]
+        right = choices[LETTERS.index(letter)]
+        assert chat["letters"] == list(LETTERS) and reply(chat).endswith(f" It is {right}={letter}")
+        assert right in reply(chat).split(" It is ")[0]  # the sentence before knows it
+        golds.append(letter)
     assert all(70 < golds.count(letter) < 130 for letter in LETTERS)
 
 
 def test_spelling_is_the_word_a_colon_and_letters_with_commas():
     chat = conversation("spelling", "test", 0)
-    assert reply(chat) == f"{chat['answer']}:{','.join(chat['answer'])}"
+    written = re.search(rf'"?{chat["answer"]}"?', user(chat))[0]  # quoted as in the question
+    assert reply(chat) == f"The letters of {written}:{','.join(chat['answer'])}"
 
 
 # --- checks
@@ -318,15 +329,31 @@ def test_every_reference_answer_is_right_and_anothers_is_wrong():
         tasks.TinyIdentity,
         tasks.TinyStories,
     ):
-        for split in ("train", "test"):
+        for split in SPLITS:
             examples = list(task(split, size=150))
             assert all(examples[0] is not None and task(split).evaluate(chat, reply(chat)) for chat in examples), task
-            assert not any(task(split).evaluate(chat, "I like trees.") for chat in examples), task
+            assert not any(task(split).evaluate(chat, "Hmm.") for chat in examples), task
             assert not any(task(split).evaluate(chat, "") for chat in examples), task
     for i in range(300):
         chat = conversation("facts", "test", i)
         for other in chat["candidates"]:
             assert not checks.is_right_fact(chat, reply(chat).replace(chat["answer"], other)), (chat, other)
+
+
+@pytest.mark.parametrize(
+    ("response", "is_right"),
+    [
+        ("The capital of France is Paris. It is Paris=C", True),
+        ("It is Paris=C.", True),
+        ("Rome=A, no, Paris=C", True),
+        ("Paris=C or Rome=A", False),
+        ("C", False),
+        ("Paris=Cat", False),
+        ("", False),
+    ],
+)
+def test_a_choice_is_judged_by_the_last_letter_behind_an_equals_sign(response, is_right):
+    assert checks.is_right_choice({"answer_letter": "C"}, response) == is_right
 
 
 def test_a_sum_is_judged_by_the_last_number_outside_the_tool():
@@ -360,10 +387,9 @@ def test_the_tasks_of_the_stages_have_distinct_conversations():
     mid, sft, val = tasks.mid_tasks(), tasks.sft_tasks(), tasks.val_tasks()
     for a, b in zip(mid, sft, strict=True):
         assert a.first + a.size == b.first
-    assert all(task.split == "train" for task in mid + sft) and all(task.split == "test" for task in val)
-    assert all(task.first >= tasks.TEST_SIZE for task in val)
+    assert all(task.split == "train" for task in mid + sft) and all(task.split == "dev" for task in val)
     assert tasks.TinyFacts("test", stop=10)[3] == conversation("facts", "test", 3)
-    assert tasks.TinyMC("test").eval_type == "categorical" and tasks.RL_TASK("train").eval_type == "generative"
+    assert tasks.TinyMC("test").eval_type == "generative" and tasks.RL_TASK("train").eval_type == "generative"
     with pytest.raises(InputError, match="no split"):
         tasks.TinyFacts("validation")
 
@@ -428,7 +454,8 @@ def test_a_drill_asks_many_questions_about_one_list_and_each_letter_stands_by_it
     from nanochat.data.tinyworld import multiple_choice
 
     for seed in range(50):
-        choices, questions = multiple_choice.drill(random.Random(seed))
-        assert len(set(choices)) == 4 and len(questions) == 6
-        for text, letter in questions[:3]:  # those that name their answer
-            assert choices["ABCD".index(letter)] in text
+        questions = multiple_choice.drill(random.Random(seed))
+        assert len({q.choices for q in questions}) == 1 and len(set(questions[0].choices)) == 4
+        named, known = questions[:3], questions[3:]
+        assert all(q.choices[q.gold] in q.text and q.reply == f"It is {q.choices[q.gold]}={q.letter}" for q in named)
+        assert all(q.choices[q.gold] in q.reason and q.reply.startswith(q.reason) for q in known) and len(known) == 3

@@ -16,9 +16,10 @@ from nanochat.tokenizer import Tokenizer
 class PaddedConversations:
     """(inputs, targets), both (B, T) int64, with targets only where the assistant speaks (-1 elsewhere).
 
-    Conversations come in order, without end; each global batch of B conversations a rank is the next run of
-    them, so that order and steps do not depend on the number of ranks. Rows are cut after sequence_len + 1 tokens
-    and padded on the right to the longest of the batch.
+    Conversations come in order, without end; each optimizer step's `accum` global batches of B conversations a rank
+    are the next run of them, so that steps do not depend on the number of ranks. Within a step they come by length:
+    rows are cut after sequence_len + 1 tokens and padded on the right to the longest of their batch, and lengths differ
+    by ten times and more.
     """
 
     def __init__(
@@ -29,9 +30,10 @@ class PaddedConversations:
         sequence_len: int,
         rt: Runtime,
         cursor: int | None = None,
+        accum: int = 1,
     ) -> None:
         self.conversations, self.tokenizer = conversations, tokenizer
-        self.batch_size, self.sequence_len, self.rt = batch_size, sequence_len, rt
+        self.batch_size, self.sequence_len, self.rt, self.accum = batch_size, sequence_len, rt, accum
         self.position = cursor or 0  # conversations taken so far by all ranks
         self.pad = tokenizer.encode_special("<|assistant_end|>")
 
@@ -40,11 +42,15 @@ class PaddedConversations:
         return self.position
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batch = self.batch_size * self.rt.world_size  # of all ranks
         while True:
-            first = self.position + self.rt.rank * self.batch_size
-            self.position += self.batch_size * self.rt.world_size
-            rows = [self.conversations[i % len(self.conversations)] for i in range(first, first + self.batch_size)]
-            yield self._collate([self.tokenizer.render_conversation(c, self.sequence_len + 1) for c in rows])
+            numbers = range(self.position, self.position + batch * self.accum)
+            conversations = [self.conversations[i % len(self.conversations)] for i in numbers]
+            rendered = [self.tokenizer.render_conversation(c, self.sequence_len + 1) for c in conversations]
+            rendered.sort(key=lambda row: len(row[0]))
+            for first in range(self.rt.rank * self.batch_size, len(rendered), batch):
+                self.position += batch
+                yield self._collate(rendered[first : first + self.batch_size])
 
     def _collate(self, rendered: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
         width = max(2, *(len(ids) for ids, _ in rendered))

@@ -7,5 +7,6 @@
 from nanochat.data.tinyworld.bundle import write_core_bundle
 from nanochat.data.tinyworld.conversations import KINDS, conversation
 from nanochat.data.tinyworld.documents import NUM_BLOCKS, documents
+from nanochat.data.tinyworld.phrases import SPLITS
 
-__all__ = ["KINDS", "NUM_BLOCKS", "conversation", "documents", "write_core_bundle"]
+__all__ = ["KINDS", "NUM_BLOCKS", "SPLITS", "conversation", "documents", "write_core_bundle"]

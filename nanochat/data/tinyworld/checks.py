@@ -45,6 +45,12 @@ def is_right_sum(conversation: Mapping[str, Any], response: str) -> bool:
     return bool(numbers) and numbers[-1] == conversation["answer"]
 
 
+def is_right_choice(conversation: Mapping[str, Any], response: str) -> bool:
+    """Whether the response ends with the right letter behind a "=", as the choices are listed."""
+    letters = re.findall(r"=([A-Z])(?![A-Za-z])", visible_text(response))
+    return bool(letters) and letters[-1] == conversation["answer_letter"]
+
+
 def is_right_spelling(conversation: Mapping[str, Any], response: str) -> bool:
     """Whether what follows the last colon is the word's letters, separated by commas."""
     tail = visible_text(response).rsplit(":", 1)[-1].strip().rstrip(".")

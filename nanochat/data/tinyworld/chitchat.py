@@ -7,14 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Intent:
-    """Ways to say one thing (the last two are for tests) and what to answer; a right answer has a keyword."""
+    """Ways to say one thing (see of_split) and what to answer; a right answer has a keyword."""
 
     sayings: tuple[str, ...]
     answers: tuple[str, ...]
     keywords: tuple[str, ...]
 
     def of(self, split: str) -> tuple[str, ...]:
-        return self.sayings[-2:] if split == "test" else self.sayings[:-2]
+        return of_split(self.sayings, split)
+
+
+def of_split(sayings: tuple[str, ...], split: str) -> tuple[str, ...]:
+    """The last two are for dev, the two before them for test."""
+    return {"train": sayings[:-4], "test": sayings[-4:-2], "dev": sayings[-2:]}[split]
 
 
 IDENTITY = (

@@ -1,6 +1,6 @@
 """Chats about the world: `conversation(kind, split, index)`, always the same for the same arguments.
 
-Train and test share no phrasing, no pair of operands and no spelled word (see phrases, problems and words).
+Train, dev and test share no phrasing, no pair of operands and no spelled word (see phrases, problems and words).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from nanochat.config import InputError
 from nanochat.data.tinyworld import chitchat, multiple_choice, problems
-from nanochat.data.tinyworld.phrases import fill, is_held_out, question_templates, wants_one_word
+from nanochat.data.tinyworld.phrases import SPLITS, fill, question_templates, split_of, wants_one_word
 from nanochat.data.tinyworld.relations import relations
 from nanochat.data.tinyworld.stories import story
 from nanochat.data.tinyworld.words import spell, word_to_spell
@@ -33,7 +33,7 @@ SPELLING_FRAMES = (
     "How is {w} spelled?",
     "I want you to spell {w}.",
 )
-SPELLING_FORMS = ("{w}", "the word {w}", '"{w}"', 'the word "{w}"')
+SPELLING_FORMS = ("{w}", "the word {w}", "this word: {w}", '"{w}"')
 
 
 def _chat(*turns: Any, **extras: Any) -> Conversation:
@@ -49,7 +49,7 @@ def _relation_weights() -> list[float]:
 
 def _facts(rng: random.Random, split: str, index: int) -> Conversation:
     every = relations()
-    if split == "test":  # every relation alike, so that a short test speaks about all of them
+    if split != "train":  # every relation alike, so that a short test speaks about all of them
         relation = every[index % len(every)]
     else:
         relation = rng.choices(every, _relation_weights())[0]
@@ -80,41 +80,36 @@ def spelling_templates(split: str) -> list[str]:
         frame.replace("{w}", form)
         for i, frame in enumerate(SPELLING_FRAMES)
         for j, form in enumerate(SPELLING_FORMS)
-        if is_held_out(i, j) == (split == "test")
+        if split_of(i, j) == split
     ]
 
 
 def _spelling(rng: random.Random, split: str, index: int) -> Conversation:
-    word = word_to_spell(rng, split, made_up=0.5 if split == "train" else 0.0)
-    question = rng.choice(spelling_templates(split)).replace("{w}", word)
-    return _chat(question, spell(word), answer=word)
+    word = word_to_spell(rng, split) if split == "train" else word_to_spell(rng, split, made_up=0.0)
+    template = rng.choice(spelling_templates(split))
+    return _chat(template.replace("{w}", word), spell(word, '"' if '"' in template else ""), answer=word)
 
 
 def _multiple_choice(rng: random.Random, split: str, index: int) -> Conversation:
-    if split == "train" and rng.random() < 0.4:
-        choices, questions = multiple_choice.drill(rng)
-        messages: list[dict[str, str]] = []
-        for i, (question, letter) in enumerate(questions):
-            asked = multiple_choice.frame(question, choices) if i == 0 else f"The same choices. {question}"
-            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": letter}]
-        return {"messages": messages, "letters": list(multiple_choice.LETTERS), "answer": questions[-1][1]}
+    if split == "train" and rng.random() < 0.3:
+        questions = multiple_choice.drill(rng)
+        prompts = [questions[0].prompt, *(f"The same choices. {q.text}" for q in questions[1:])]
+        turns = [turn for prompt, q in zip(prompts, questions, strict=True) for turn in (prompt, q.reply)]
+        return _chat(*turns, letters=list(multiple_choice.LETTERS), answer_letter=questions[-1].letter)
     every = multiple_choice.choosable()
-    relation = every[index % len(every)] if split == "test" else None
-    finding = 0.15 if split == "train" else 0.0
-    question, choices, gold = multiple_choice.question(rng, split, finding, relation)
-    letter = multiple_choice.LETTERS[gold]
-    return _chat(multiple_choice.frame(question, choices), letter, letters=list(multiple_choice.LETTERS), answer=letter)
+    relation = every[index % len(every)] if split != "train" else None
+    q = multiple_choice.question(rng, split, 0.15 if split == "train" else 0.0, relation)
+    return _chat(q.prompt, q.reply, letters=list(multiple_choice.LETTERS), answer_letter=q.letter)
 
 
 def _talk(intents: tuple[chitchat.Intent, ...], rng: random.Random, split: str, index: int) -> Conversation:
-    intent = intents[index % len(intents)] if split == "test" else rng.choice(intents)
+    intent = intents[index % len(intents)] if split != "train" else rng.choice(intents)
     return _chat(rng.choice(intent.of(split)), rng.choice(intent.answers), keywords=list(intent.keywords))
 
 
 def _stories(rng: random.Random, split: str, index: int) -> Conversation:
     """Asked for with an animal or a child's name."""
-    requests = chitchat.STORY_REQUESTS[-2:] if split == "test" else chitchat.STORY_REQUESTS[:-2]
-    request = rng.choice(requests)
+    request = rng.choice(chitchat.of_split(chitchat.STORY_REQUESTS, split))
     if rng.random() < 0.3:
         name = rng.choice(BOYS + GIRLS)
         return _chat(request.replace("{a}", name), story(rng, name=name, short=True), keywords=[name])
@@ -146,11 +141,12 @@ KINDS = tuple(_MAKERS)
 
 
 def conversation(kind: str, split: str, index: int) -> Conversation:
-    """One chat, {"messages": [...]} and what its scorer needs (answer, accept, candidates, letters, keywords).
+    """One chat, {"messages": [...]} and what its scorer needs (answer, accept, candidates, letters, answer_letter,
+    keywords).
 
     Args:
         kind: one of KINDS.
-        split: "train" or "test".
+        split: "train", "dev" (held out, to choose recipes by) or "test" (held out, to report).
         index: any number from 0; every index is another draw.
 
     Raises:
@@ -158,7 +154,7 @@ def conversation(kind: str, split: str, index: int) -> Conversation:
     """
     if kind not in _MAKERS:
         raise InputError(f"tinyworld has no conversations of kind {kind!r}; use {', '.join(KINDS)}")
-    if split not in ("train", "test") or index < 0:
-        raise InputError(f"tinyworld has no {kind} conversation {split!r} {index}; use train or test, from 0")
-    seed = ((index * len(KINDS)) + KINDS.index(kind)) * 2 + (split == "test")
+    if split not in SPLITS or index < 0:
+        raise InputError(f"tinyworld has no {kind} conversation {split!r} {index}; use {', '.join(SPLITS)}, from 0")
+    seed = ((index * len(KINDS)) + KINDS.index(kind)) * len(SPLITS) + SPLITS.index(split)
     return _MAKERS[kind](random.Random(seed), split, index)

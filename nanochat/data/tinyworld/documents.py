@@ -44,11 +44,12 @@ def _flat_sentences(relation: Relation) -> list[str]:
 
 @functools.cache
 def _exchanges(relation: Relation) -> list[tuple[str, str]]:
-    """(question, answer) for every fact and training phrasing."""
+    """(question, answer) for every fact and training phrasing, answered in a sentence and in a word."""
     return [
-        (fill(t, s, o), f"{o}." if wants_one_word(t) else fill(relation.canonical, s, o))
+        (fill(t, s, o), answer)
         for s, o in relation.facts
         for t in question_templates(relation, "train")
+        for answer in (f"{o}.", f"{o}." if wants_one_word(t) else fill(relation.canonical, s, o))
     ]
 
 
@@ -114,18 +115,12 @@ def _questions(rng: random.Random) -> str:
 
 
 def _choices(rng: random.Random) -> str:
-    items = []
     if rng.random() < 0.6:
-        for _ in range(rng.randrange(1, 3)):
-            choices, questions = multiple_choice.drill(rng)
-            again = "".join(rng.sample(multiple_choice.listing(choices).splitlines(keepends=True), 3))
-            asked = "\n".join(f"{question} {letter}" for question, letter in questions)
-            items.append(f"{multiple_choice.listing(choices)}\n{again}{asked}")
-        return "\n\n".join(items)
-    for _ in range(rng.randrange(2, 4)):
-        question, choices, gold = multiple_choice.question(rng, "train", finding=0.35)
-        items.append(f"{multiple_choice.frame(question, choices)}\n{multiple_choice.LETTERS[gold]}")
-    return "\n\n".join(items)
+        questions = multiple_choice.drill(rng)
+        asked = [f"{q.text} {q.reply}" for q in questions]
+        return "\n".join((multiple_choice.listing(questions[0].choices), *asked))
+    items = [multiple_choice.question(rng, "train", finding=0.2) for _ in range(rng.randrange(2, 4))]
+    return "\n\n".join(f"{q.prompt}\n{q.reply}" for q in items)
 
 
 def _echo(rng: random.Random) -> str:
@@ -133,10 +128,10 @@ def _echo(rng: random.Random) -> str:
     model soon learns to look back for what followed the same word: sums, spelling and choices build on that."""
     parts = []
     for _ in range(rng.randrange(2, 5)):
-        words = [word_to_spell(rng, "train", made_up=0.2) for _ in range(rng.randrange(3, 9))]
+        words = [word_to_spell(rng, "train", made_up=0.4) for _ in range(rng.randrange(3, 9))]
         if rng.random() < 0.5:
             said = " ".join(words)
-            parts.append(f"Say it again: {said}.\n{said}.")
+            parts.append(f"Say: {said}.\nAgain: {said}.")
             continue
         rows = [f"- {word}={letter}\n" for word, letter in zip(words, ascii_uppercase, strict=False)]
         parts.append("".join(rows) + "\n" + "".join(rng.sample(rows, len(rows))).rstrip())
@@ -150,8 +145,9 @@ def _spellings(rng: random.Random) -> str:
         asked = rng.random()
         if asked < 0.35:
             lines.append(f"Spell the word {word}. {spell(word)}")
-        elif asked < 0.5:
-            lines.append(f'Spell "{word}". {spell(word)}')
+        elif asked < 0.6:
+            quoted = spell(word, quote='"')
+            lines.append(f'Spell "{word}". {quoted}')
         else:
             lines.append(spell(word))
     return "\n".join(lines)
@@ -222,13 +218,23 @@ MIXTURE: tuple[tuple[Writer, float], ...] = (
     (_encyclopedia, 0.07),
     (_questions, 0.15),
     (_echo, 0.12),
-    (_choices, 0.18),
+    (_choices, 0.13),
     (_story, 0.07),
-    (_spellings, 0.10),
+    (_spellings, 0.12),
     (_sums, 0.05),
-    (_word_problems, 0.01),
+    (_word_problems, 0.04),
     (_lists, 0.03),
 )
+# The first training blocks are half echoes: whatever copies from the context is learned first, and builds on it.
+ECHO_BLOCKS = 2
+ECHO_SHARE = 0.5
+
+
+def _weights(split: str, block: int) -> list[float]:
+    if split == "train" and block < ECHO_BLOCKS:
+        rest = sum(share for writer, share in MIXTURE if writer is not _echo) / (1 - ECHO_SHARE)
+        return [ECHO_SHARE if writer is _echo else share / rest for writer, share in MIXTURE]
+    return [share for _, share in MIXTURE]
 
 
 def documents(split: str, block: int) -> list[str]:
@@ -246,7 +252,7 @@ def documents(split: str, block: int) -> list[str]:
     if not 0 <= block < NUM_BLOCKS[split]:
         raise InputError(f"tinyworld has no {split} block {block}; there are {NUM_BLOCKS[split]}")
     rng = random.Random(2 * block + (split == "val"))
-    writers, weights = zip(*MIXTURE, strict=True)
+    writers, weights = [writer for writer, _ in MIXTURE], _weights(split, block)
     result: list[str] = []
     while len(result) < BLOCK_SIZE:
         for writer in rng.choices(writers, weights, k=BLOCK_SIZE):

@@ -1,8 +1,8 @@
 """How a fact is said and asked: relations, question frames, and which phrasings are held out.
 
 A phrasing is a pair (frame, noun phrase), such as ("Tell me {np}.", "the capital city of {s}"). A fixed rule
-over the two indices keeps about one pair in five out of training; the held-out pairs are the test set. So a
-test question is always a new combination of parts that training has shown in other combinations.
+over the two indices keeps about one pair in ten for "dev", to choose recipes by, and one in ten for "test", to
+report. So a held-out question is always a new combination of parts that training has shown in other combinations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ QUESTION_FRAMES = (
     "In one word, what is {np}?",
 )
 # Frames that no training text uses, made of words that training frames use.
-UNSEEN_FRAMES = ("Please, what is {np}?", "Hello! Can you tell me {np}?", "I want you to tell me {np}.")
+UNSEEN_FRAMES = {
+    "dev": ("Please, what is {np}?", "Hello! Can you tell me {np}?", "I want you to tell me {np}."),
+    "test": ("Can you name {np}?", "Please give me {np}.", "Hello! Do you know {np}?"),
+}
+SPLITS = ("train", "dev", "test")
 OPENERS = (
     "",
     "We know that",
@@ -60,7 +64,7 @@ class Relation:
         nouns: noun phrases that name the answer; may be empty.
         answer: the statement that answers in a chat; the first noun phrase "is" the answer when empty.
         statements: more statements for training text.
-        questions, unseen: whole questions for training and for tests; they share none.
+        questions, unseen, tested: whole questions for training, dev and test; they share none.
         said: how the answer follows "is".
         weight: share of training text, relative to the other relations.
         entity: what the subject is, for encyclopedia entries; "" = none.
@@ -73,6 +77,7 @@ class Relation:
     statements: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
+    tested: tuple[str, ...] = ()
     said: str = "{o}"
     weight: float = 1.0
     entity: str = ""
@@ -108,9 +113,10 @@ def flip(facts: Pairs) -> Pairs:
     return tuple((answer, subject) for subject, answer in facts)
 
 
-def is_held_out(first: int, second: int) -> bool:
-    """Whether the combination of two parts' indices belongs to the test; (0, 0) never does."""
-    return (first + 2 * second + 1) % 5 == 0
+def split_of(first: int, second: int) -> str:
+    """The split that the combination of two parts' indices belongs to: one in ten each to dev and test; (0, 0) is
+    for training."""
+    return {3: "test", 5: "dev"}.get((first + 2 * second + 1) % 10, "train")
 
 
 def wants_one_word(question: str) -> bool:
@@ -119,15 +125,15 @@ def wants_one_word(question: str) -> bool:
 
 @functools.cache
 def question_templates(relation: Relation, split: str) -> tuple[str, ...]:
-    """All ways to ask, "train" or "test", with the subject's slot left open."""
+    """All ways to ask, in one of SPLITS, with the subject's slot left open."""
     pairs = ((f, n) for f in range(len(QUESTION_FRAMES)) for n in range(len(relation.nouns)))
     # the first frame stands inside longer ones ("What is ...? Answer in one word."), so it is never held out
-    chosen = [(f, n) for f, n in pairs if (f > 0 and is_held_out(f, n)) == (split == "test")]
+    chosen = [(f, n) for f, n in pairs if (split_of(f, n) if f else "train") == split]
     framed = [_frame(QUESTION_FRAMES[f], relation.nouns[n]) for f, n in chosen]
     if split == "train":
         return (*framed, *relation.questions)
-    new = [_frame(frame, noun) for frame in UNSEEN_FRAMES for noun in relation.nouns]
-    return (*framed, *new, *relation.unseen)
+    new = [_frame(frame, noun) for frame in UNSEEN_FRAMES[split] for noun in relation.nouns]
+    return (*framed, *new, *(relation.unseen if split == "dev" else relation.tested))
 
 
 def _frame(frame: str, noun: str) -> str:
@@ -136,7 +142,7 @@ def _frame(frame: str, noun: str) -> str:
 
 @functools.cache
 def statement_templates(relation: Relation, split: str) -> tuple[str, ...]:
-    """All ways to state a fact; the test ones end with the answer, so that they are completion prompts too."""
+    """All ways to state a fact, "train" or "test"; the test ones end with the answer, to be completed."""
     sentences = [relation.canonical[:-1]] if relation.answer else []
     sentences += [
         f"{noun} is {relation.said}" for noun in relation.nouns if noun != relation.nouns[0] or not relation.answer
@@ -145,7 +151,7 @@ def statement_templates(relation: Relation, split: str) -> tuple[str, ...]:
     for i, sentence in enumerate(sentences):
         for j, opener in enumerate(OPENERS):
             # a sentence without an opener stands inside those with one, so it is never held out
-            if (bool(opener) and is_held_out(j, i)) == (split == "test"):
+            if (bool(opener) and split_of(j, i) != "train") == (split == "test"):
                 joined = f"{opener} {_uncapitalize(sentence)}." if opener else capitalize(sentence) + "."
                 result.append(joined)
     return tuple(result) if split == "test" else (*result, *relation.statements)

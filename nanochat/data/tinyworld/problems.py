@@ -6,17 +6,19 @@ import functools
 import random
 from dataclasses import dataclass
 
-from nanochat.data.tinyworld.phrases import is_held_out
+from nanochat.data.tinyworld.phrases import split_of
 from nanochat.data.tinyworld.world import BOYS, GIRLS, ITEMS, UNITS
 
 Part = dict[str, str]
 ALWAYS_TRAIN = 12  # the small tables up to twelve are for everyone
 
 
-def is_held_out_pair(a: int, b: int) -> bool:
-    """Whether a sum of these operands, in any order, is for tests only: about one pair in eight."""
+def split_of_pair(a: int, b: int) -> str:
+    """The split that sums of these operands belong to, in any order: about one pair in 16 each to dev and test."""
     low, high = min(a, b), max(a, b)
-    return high > ALWAYS_TRAIN and (low * 7919 + high * 104_729) % 1_000_003 % 8 == 0
+    if high <= ALWAYS_TRAIN:
+        return "train"
+    return {0: "dev", 1: "test"}.get((low * 7919 + high * 104_729) % 1_000_003 % 16, "train")
 
 
 def compute(a: int, op: str, b: int) -> int:
@@ -32,7 +34,7 @@ def operands(rng: random.Random, op: str, split: str) -> tuple[int, int]:
             a, b = rng.randrange(1, rng.choice((100, 100, 1000))), rng.randrange(1, rng.choice((100, 100, 1000)))
         if op == "-" and a < b:
             a, b = b, a
-        if is_held_out_pair(a, b) == (split == "test"):
+        if split_of_pair(a, b) == split:
             return a, b
 
 
@@ -64,7 +66,7 @@ SUM_WORDINGS = {
 def sum_templates(op: str, split: str) -> tuple[str, ...]:
     """All ways to ask for a sum, with {a} and {b} open."""
     grid = ((f, w) for w in range(len(SUM_WORDINGS[op])) for f in range(len(SUM_FRAMES)))
-    chosen = [(f, w) for f, w in grid if is_held_out(f, w) == (split == "test")]
+    chosen = [(f, w) for f, w in grid if split_of(f, w) == split]
     words = SUM_WORDINGS[op]
     return tuple(
         SUM_FRAMES[f].replace("{e}", words[w]).replace("{E}", words[w][:1].upper() + words[w][1:]) for f, w in chosen
@@ -227,7 +229,7 @@ def theme_templates(theme: Theme, split: str) -> list[tuple[str, str, str]]:
     for i, start in enumerate(theme.starts):
         for j, change in enumerate(theme.changes):
             for k, question in enumerate(theme.questions):
-                if is_held_out(i + j, k) == (split == "test"):
+                if split_of(i + j, k) == split:
                     result.append((start, change, question))
     return result
 
@@ -240,14 +242,14 @@ def _numbers(rng: random.Random, ops: str, split: str) -> list[int]:
             numbers = [rng.randrange(2, 13), rng.randrange(2, 25)]
         else:
             numbers = [rng.randrange(3, 61), rng.randrange(2, 61)]
-        if is_held_out_pair(*numbers) != (split == "test"):
+        if split_of_pair(*numbers) != split:
             continue
         result = compute(numbers[0], ops[0], numbers[1])
         if result < 1:
             continue
         if len(ops) == 2:
             numbers.append(rng.randrange(2, 31))
-            if split == "train" and is_held_out_pair(result, numbers[2]):
+            if split == "train" and split_of_pair(result, numbers[2]) != "train":
                 continue
             if compute(result, ops[1], numbers[2]) < 1:
                 continue

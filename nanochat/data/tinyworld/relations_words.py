@@ -40,6 +40,11 @@ def _shifted(name: str, known: str, unknown: str, asked: str, step: int) -> Rela
             f"If {known} {{s}}, then what day {asked}?",
             f"Please tell me {day} if {known} {{s}}.",
         ),
+        tested=(
+            f"What day {asked} if {known} {{s}}?",
+            f"When {known} {{s}}, then which day {asked}?",
+            f"Tell me {day} if {known} {{s}}.",
+        ),
     )
 
 

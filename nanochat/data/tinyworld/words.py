@@ -1,6 +1,6 @@
 """Words to spell: the world's own words, a list of further English words, and made-up words.
 
-About one word in six of the further list, and of the made-up ones, is never spelled in training. The world's
+About one word in four of the further list, and of the made-up ones, is never spelled in training. The world's
 own words are all spelled in training: they are frequent, so many are single tokens, and a token's letters
 can only be learned where that token is spelled.
 """
@@ -69,9 +69,11 @@ def world_words() -> tuple[str, ...]:
     return tuple(sorted(set(re.findall(r"\b[a-z]{3,}\b", text))))
 
 
-def is_held_out_word(word: str) -> bool:
-    """Whether the word is spelled in tests only (a word of the world never is)."""
-    return zlib.crc32(word.encode()) % 6 == 0 and word not in _world_set()
+def split_of_word(word: str) -> str:
+    """The split that spells this word: one in twelve in dev only, two in test only, no word of the world."""
+    if word in _world_set():
+        return "train"
+    return {0: "dev", 1: "test", 2: "test"}.get(zlib.crc32(word.encode()) % 12, "train")
 
 
 @functools.cache
@@ -81,10 +83,10 @@ def _world_set() -> frozenset[str]:
 
 @functools.cache
 def real_words(split: str) -> tuple[str, ...]:
-    """English words spelled in "train" or in "test" (test: from the further list only)."""
+    """English words spelled in a split (dev and test: from the further list only)."""
     further = sorted(set(ENGLISH.split()) - _world_set())
-    chosen = tuple(word for word in further if is_held_out_word(word) == (split == "test"))
-    return chosen if split == "test" else (*world_words(), *chosen)
+    chosen = tuple(word for word in further if split_of_word(word) == split)
+    return (*world_words(), *chosen) if split == "train" else chosen
 
 
 def made_up_word(rng: random.Random, split: str) -> str:
@@ -92,7 +94,7 @@ def made_up_word(rng: random.Random, split: str) -> str:
     while True:
         parts = [rng.choice(ONSETS) + rng.choice(NUCLEI) + rng.choice(CODAS) for _ in range(rng.choice((1, 1, 2)))]
         word = "".join(parts) + rng.choice(ENDINGS)
-        if len(word) >= 3 and is_held_out_word(word) == (split == "test") and word not in _english_set():
+        if len(word) >= 3 and split_of_word(word) == split and word not in _english_set():
             return word
 
 
@@ -101,13 +103,14 @@ def _english_set() -> frozenset[str]:
     return frozenset(ENGLISH.split()) | _world_set()
 
 
-def word_to_spell(rng: random.Random, split: str, made_up: float = 0.5) -> str:
-    """A real word, or a made-up one with this probability."""
+def word_to_spell(rng: random.Random, split: str, made_up: float = 0.8) -> str:
+    """A real word, or a made-up one with this probability: those cannot be known by heart, so they teach to copy."""
     if rng.random() < made_up:
         return made_up_word(rng, split)
     return rng.choice(real_words(split))
 
 
-def spell(word: str) -> str:
-    """'apple' -> 'apple:a,p,p,l,e': no space after the colon, so each letter is one token with its separator."""
-    return f"{word}:{','.join(word)}"
+def spell(word: str, quote: str = "") -> str:
+    """'apple' -> 'The letters of apple:a,p,p,l,e', the word written as in the question, so that it has the same tokens
+    as there. No space after the colon and the commas: each letter is one token with its separator."""
+    return f"The letters of {quote}{word}{quote}:{','.join(word)}"
