@@ -27,7 +27,7 @@ ROPE_BASE = 10_000.0
 LOGITS_AT_ONCE = 1 << 28  # 1 GiB of fp32; beyond it the loss is computed in chunks
 ROPE_SPAN = 10  # rotary tables reach this many times sequence_len
 # Scale of the initial c_q and c_k in `modern`. QK norm takes the scale of queries and keys away, so a smaller start
-# only means that the same steps turn them further: a copying task takes 125 steps, not 175 (docs/EXPERIMENTS.md).
+# only means that the same steps turn them further: a copying task takes 100 steps, not 150 (docs/EXPERIMENTS.md).
 QK_INIT = 0.1
 
 
@@ -102,9 +102,9 @@ class KVCache:
     def insert(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Write (B, T, H_kv, D) at each row's (B, T) positions; returns the layer's slots 0..end."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]
-        if self.offset_keys:  # what the next token's key shows of this one goes into its slot at once
-            fast, slow = channels(self.k[layer])
-            fast[rows, positions], slow[rows, positions + 1] = channels(k)
+        if self.offset_keys:  # see offset_keys(): the slow channels belong to the next token's key
+            fast, slow = fast_and_slow(self.k[layer])
+            fast[rows, positions], slow[rows, positions + 1] = fast_and_slow(k)
         else:
             self.k[layer][rows, positions] = k
         self.v[layer][rows, positions] = v
@@ -132,9 +132,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-def channels(k: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., D) keys -> views (..., 2, D/4) of the channels that turn fast and of those that turn slowly (or 1 channel
-    more of the slow) with the position: the first and the second half of each half of `rotate`'s layout."""
+def fast_and_slow(k: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., D) keys -> views (..., 2, D/4) of the channels that turn fast with the position and of those that turn
+    slowly: the first and the second half of each half of `rotate`'s layout."""
     pairs = k.unflatten(-1, (2, -1))
     at = pairs.size(-1) // 2
     return pairs[..., :at], pairs[..., at:]
@@ -146,7 +146,7 @@ def offset_keys(k: Tensor) -> Tensor:
     A query that looks for a token then finds the one after it, so that one layer can do what takes an induction head
     two: find what followed the same token before. Partial key offset, record 49 of the modded-nanogpt speedrun (2025).
     """
-    fast, slow = channels(k)
+    fast, slow = fast_and_slow(k)
     slow = F.pad(slow[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
     return torch.cat((fast, slow), dim=-1).flatten(-2)
 

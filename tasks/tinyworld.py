@@ -124,24 +124,24 @@ RL_TASK = TinyWordProblems
 
 # Conversations of each task in midtraining and in supervised fine-tuning.
 MID_ROWS: dict[type[TinyTask], int] = {
-    TinyFacts: 10_000,
-    TinySums: 2_000,
-    TinyWordProblems: 2_500,
-    TinySpelling: 6_000,
-    TinyMC: 3_000,
-    TinyIdentity: 1_500,
-    TinyStories: 500,
-    TinyDialogue: 2_000,
+    TinyFacts: 12_000,
+    TinySums: 1_500,
+    TinyWordProblems: 2_000,
+    TinySpelling: 10_000,
+    TinyMC: 1_500,
+    TinyIdentity: 1_200,
+    TinyStories: 400,
+    TinyDialogue: 1_500,
 }
 SFT_ROWS: dict[type[TinyTask], int] = {
-    TinyFacts: 4_000,
-    TinySums: 1_000,
-    TinyWordProblems: 1_000,
-    TinySpelling: 4_000,
-    TinyMC: 2_000,
+    TinyFacts: 5_000,
+    TinySums: 500,
+    TinyWordProblems: 600,
+    TinySpelling: 5_000,
+    TinyMC: 400,
     TinyIdentity: 600,
-    TinyStories: 200,
-    TinyDialogue: 1_000,
+    TinyStories: 100,
+    TinyDialogue: 600,
 }
 VAL_ROWS = 100
 

@@ -29,7 +29,7 @@ SUM = re.compile(r"\b(\d+)([-+*])(\d+)\b")
 
 @pytest.fixture(scope="module")
 def train_documents() -> list[str]:
-    return [text for block in range(8) for text in documents("train", block)]
+    return [text for block in range(16) for text in documents("train", block)]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def reply(chat) -> str:
 
 
 def test_a_block_is_1024_documents_and_always_the_same_in_another_process_too(train_documents):
-    assert len(train_documents) == 8 * 1024
+    assert len(train_documents) == 16 * 1024
     program = "from nanochat.data.tinyworld import documents; print(hash(tuple(documents('train', 3))))"
     runs = [
         subprocess.run(

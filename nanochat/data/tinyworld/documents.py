@@ -128,7 +128,7 @@ def _echo(rng: random.Random) -> str:
     model soon learns to look back for what followed the same word: sums, spelling and choices build on that."""
     parts = []
     for _ in range(rng.randrange(2, 5)):
-        words = [word_to_spell(rng, "train", made_up=0.4) for _ in range(rng.randrange(3, 9))]
+        words = [word_to_spell(rng, "train", made_up=0.6) for _ in range(rng.randrange(3, 9))]
         if rng.random() < 0.5:
             said = " ".join(words)
             parts.append(f"Say: {said}.\nAgain: {said}.")
@@ -213,16 +213,16 @@ def _lists(rng: random.Random) -> str:
 
 # Shares of the documents. Habit, tuned by eye: facts and questions about half, the skills the other half.
 MIXTURE: tuple[tuple[Writer, float], ...] = (
-    (_one_topic, 0.09),
-    (_many_topics, 0.13),
-    (_encyclopedia, 0.07),
-    (_questions, 0.15),
-    (_echo, 0.12),
-    (_choices, 0.13),
-    (_story, 0.07),
+    (_one_topic, 0.11),
+    (_many_topics, 0.15),
+    (_encyclopedia, 0.08),
+    (_questions, 0.19),
+    (_echo, 0.10),
+    (_choices, 0.08),
+    (_story, 0.05),
     (_spellings, 0.12),
-    (_sums, 0.05),
-    (_word_problems, 0.04),
+    (_sums, 0.04),
+    (_word_problems, 0.05),
     (_lists, 0.03),
 )
 # The first training blocks are half echoes: whatever copies from the context is learned first, and builds on it.

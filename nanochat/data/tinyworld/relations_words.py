@@ -257,7 +257,7 @@ def numbers() -> list[Relation]:
         Relation(
             "next_number",
             w.NEXT_NUMBER,
-            weight=0.8,
+            weight=1.4,
             entity="number",
             nouns=(
                 "the number after {s}",
@@ -272,7 +272,7 @@ def numbers() -> list[Relation]:
         Relation(
             "previous_number",
             w.PREVIOUS_NUMBER,
-            weight=0.8,
+            weight=1.4,
             entity="number",
             nouns=("the number before {s}", "the number just before {s}", "the number that comes before {s}"),
             statements=("Before {s} comes {o}.", "{o} comes before {s}.", "{o} is one less than {s}."),
@@ -286,7 +286,7 @@ def numbers() -> list[Relation]:
         Relation(
             "number_word",
             w.NUMBER_WORDS,
-            weight=0.8,
+            weight=1.4,
             entity="number",
             nouns=("{s} in words", "the number {s} in words", "the word for {s}", "the word for the number {s}"),
             statements=("{s} is {o}.", "We write {s} as {o}.", "{O} is {s}.", "The number {s} is called {o}."),
@@ -300,7 +300,7 @@ def numbers() -> list[Relation]:
         Relation(
             "equation",
             w.EQUATIONS,
-            weight=1.2,
+            weight=1.8,
             nouns=("x if {s}", "the value of x if {s}", "the value of x in {s}"),
             answer="If {s}, then x is {o}.",
             statements=("If {s}, then x = {o}.", "When {s}, x is {o}.", "We know that {s}, so x is {o}."),

@@ -59,6 +59,7 @@ FAVORITES = (
     "{name} likes {color} best, and {friend} likes {items}.",
 )
 MOODS = ("happy", "loud", "quiet", "small", "soft", "brave")
+TEXTS = (*BEGIN, *MEET, *SPEAK, *WANT, *HELP, *FIND, *END, *FAVORITES, *MOODS)
 
 
 def story(rng: random.Random, animal: str | None = None, name: str | None = None, short: bool = False) -> str:

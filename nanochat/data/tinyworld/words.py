@@ -12,7 +12,8 @@ import random
 import re
 import zlib
 
-from nanochat.data.tinyworld import world
+from nanochat.data.tinyworld import stories, world
+from nanochat.data.tinyworld.relations import relations
 
 ENGLISH = """
 acorn actor adult album alley amber ankle apron arena armor arrow aspen attic autumn award badge baker bamboo
@@ -58,7 +59,7 @@ ENDINGS = ("", "", "", "", *"er le ing ed y ow et on el en ish ty".split())
 
 @functools.cache
 def world_words() -> tuple[str, ...]:
-    """Lower-case single words of the world's tables, at least three letters long."""
+    """Lower-case single words of the world's tables, phrases and stories, at least three letters long."""
     tables = (
         *(world.OPPOSITES, world.SOUNDS, world.YOUNG, world.HOMES, world.LEGS, world.ANIMAL_CLASSES),
         *(world.KINDS_OF_THINGS, world.SIDES, world.WORKERS, world.SENSES, world.PLURALS, world.PASTS),
@@ -66,6 +67,8 @@ def world_words() -> tuple[str, ...]:
     )
     text = " ".join(word for table in tables for pair in table for word in pair)
     text += " " + " ".join((*world.DAYS, *world.MONTHS, *world.ITEMS, *world.PLACES, *world.ORDINALS))
+    phrases = [p for r in relations() for p in (*r.nouns, *r.statements, *r.questions)]
+    text += " " + re.sub(r"{\w+}", " ", " ".join((*stories.TEXTS, *phrases)))
     return tuple(sorted(set(re.findall(r"\b[a-z]{3,}\b", text))))
 
 
@@ -90,11 +93,16 @@ def real_words(split: str) -> tuple[str, ...]:
 
 
 def made_up_word(rng: random.Random, split: str) -> str:
-    """A pronounceable word of one to three syllables, such as "glanter"."""
+    """A word that is none: one to three pronounceable syllables ("glanter"), or the beginning of a real training word
+    with the end of another ("jacom"), which has the letters, and the tokens, of English."""
     while True:
-        parts = [rng.choice(ONSETS) + rng.choice(NUCLEI) + rng.choice(CODAS) for _ in range(rng.choice((1, 1, 2)))]
-        word = "".join(parts) + rng.choice(ENDINGS)
-        if len(word) >= 3 and split_of_word(word) == split and word not in _english_set():
+        if rng.random() < 0.4:
+            parts = [rng.choice(ONSETS) + rng.choice(NUCLEI) + rng.choice(CODAS) for _ in range(rng.choice((1, 1, 2)))]
+            word = "".join(parts) + rng.choice(ENDINGS)
+        else:
+            first, second = rng.choice(real_words("train")), rng.choice(real_words("train"))
+            word = first[: rng.randrange(1, len(first))] + second[rng.randrange(1, len(second)) :]
+        if 3 <= len(word) <= 12 and split_of_word(word) == split and word not in _english_set():
             return word
 
 
