@@ -124,24 +124,24 @@ RL_TASK = TinyWordProblems
 
 # Conversations of each task in midtraining and in supervised fine-tuning.
 MID_ROWS: dict[type[TinyTask], int] = {
-    TinyFacts: 12_000,
+    TinyFacts: 14_000,
     TinySums: 1_500,
     TinyWordProblems: 2_000,
-    TinySpelling: 10_000,
+    TinySpelling: 8_000,
     TinyMC: 1_500,
     TinyIdentity: 1_200,
     TinyStories: 400,
     TinyDialogue: 1_500,
 }
 SFT_ROWS: dict[type[TinyTask], int] = {
-    TinyFacts: 5_000,
+    TinyFacts: 6_500,
     TinySums: 500,
     TinyWordProblems: 600,
-    TinySpelling: 5_000,
+    TinySpelling: 4_000,
     TinyMC: 400,
     TinyIdentity: 600,
     TinyStories: 100,
-    TinyDialogue: 600,
+    TinyDialogue: 300,
 }
 VAL_ROWS = 100
 
