@@ -79,7 +79,7 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device: Any, dtype: torch.dtype) -> None:
-        self.offset_keys = config.is_modern
+        self.has_offset_keys = config.is_modern
         L, H, D = config.n_layer, config.n_kv_head, config.head_dim
         self.k = torch.zeros(L, batch_size, max_len + 1, H, D, device=device, dtype=dtype)
         self.v = torch.zeros(L, batch_size, max_len, H, D, device=device, dtype=dtype)
@@ -92,7 +92,7 @@ class KVCache:
     def select(self, rows: Tensor, max_len: int | None = None) -> KVCache:
         """A cache of the given rows (int64 indices, repeats allowed), widened to max_len if given."""
         new = object.__new__(KVCache)
-        new.offset_keys = self.offset_keys
+        new.has_offset_keys = self.has_offset_keys
         new.k, new.v, new.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
         if max_len is not None and max_len > self.max_len:
             pad = (0, 0, 0, 0, 0, max_len - self.max_len)
@@ -102,7 +102,7 @@ class KVCache:
     def insert(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Write (B, T, H_kv, D) at each row's (B, T) positions; returns the layer's slots 0..end."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]
-        if self.offset_keys:  # see offset_keys(): the slow channels belong to the next token's key
+        if self.has_offset_keys:  # see offset_keys(): the slow channels belong to the next token's key
             fast, slow = fast_and_slow(self.k[layer])
             fast[rows, positions], slow[rows, positions + 1] = fast_and_slow(k)
         else:
@@ -133,8 +133,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def fast_and_slow(k: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., D) keys -> views (..., 2, D/4) of the channels that turn fast with the position and of those that turn
-    slowly: the first and the second half of each half of `rotate`'s layout."""
+    """(..., D) keys -> views (..., 2, about D/4) of the channels that turn fast with the position and of the slow ones:
+    the first and the second half of each half of `rotate`'s layout."""
     pairs = k.unflatten(-1, (2, -1))
     at = pairs.size(-1) // 2
     return pairs[..., :at], pairs[..., at:]

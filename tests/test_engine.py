@@ -12,7 +12,7 @@ import pytest  # noqa: E402
 
 from nanochat.config import InputError  # noqa: E402
 from nanochat.engine import Engine, sample  # noqa: E402
-from nanochat.gpt import GPT  # noqa: E402
+from nanochat.gpt import ARCHS, GPT  # noqa: E402
 from nanochat.tools import calculate  # noqa: E402
 from tests.tiny_engine import ScriptedModel, scripted_engine, tiny_gpt, tiny_tokenizer  # noqa: E402
 
@@ -37,8 +37,8 @@ class ToolLover(GPT):
         return logits
 
 
-def tool_lover(seed: int) -> ToolLover:
-    model = tiny_gpt(V, seed=seed)
+def tool_lover(seed: int, arch: str = "plain") -> ToolLover:
+    model = tiny_gpt(V, seed=seed, arch=arch)
     model.__class__ = ToolLover
     return model  # type: ignore[return-value]
 
@@ -65,16 +65,18 @@ def naive_greedy(model: GPT, prompt: list[int], max_tokens: int) -> tuple[list[i
     return ids, mask
 
 
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_greedy_cached_generation_equals_the_naive_forward_for_64_tokens(seed):
-    model = tiny_gpt(V, seed=seed)
+def test_greedy_cached_generation_equals_the_naive_forward_for_64_tokens(seed, arch):
+    model = tiny_gpt(V, seed=seed, arch=arch)
     sequences, masks, _ = Engine(model, TOKENIZER).generate_many(PROMPTS, max_tokens=64, temperature=0.0)
     expected = [naive_greedy(model, prompt, 64) for prompt in PROMPTS]
     assert list(zip(sequences, masks, strict=True)) == expected
 
 
-def test_greedy_equality_holds_through_tool_calls_and_waiting_rows():
-    model = tool_lover(seed=5)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_greedy_equality_holds_through_tool_calls_and_waiting_rows(arch):
+    model = tool_lover(seed=5, arch=arch)
     prompts = [[BOS, i, i + 1][: 1 + i % 3] for i in range(40, 64)]
     engine = Engine(model, TOKENIZER, cache_bytes=5 * 2 * 2 * 16 * 4 * 51)  # five rows of 3 + 48 tokens at a time
     sequences, masks, ends = engine.generate_many(prompts, max_tokens=48, temperature=0.0)

@@ -14,7 +14,7 @@ from scripts import base_eval, base_loss, base_train, chat_eval, chat_rl, chat_s
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of matplotlib's own imports
 
 BASE = [
-    *("--dataset=tinyworld", "--depth=2", "--aspect_ratio=16", "--head_dim=16", "--max_seq_len=128"),
+    *("--dataset=tinyworld", "--arch=modern", "--depth=2", "--aspect_ratio=16", "--head_dim=16", "--max_seq_len=128"),
     *("--device_batch_size=4", "--total_batch_size=1024", "--num_iterations=4", "--eval_tokens=1024"),
     *("--core_metric_max_per_task=2", "--sample_every=-1", "--core_metric_every=-1"),
 ]

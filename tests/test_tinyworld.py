@@ -191,6 +191,18 @@ def test_no_held_out_question_stands_in_a_training_document(train_text):
             assert f"\n{question} " not in train_text and f"Question: {question}\n" not in train_text
 
 
+def test_no_held_out_way_to_ask_for_a_sum_or_a_spelling_stands_in_training_text_or_chats(train_text):
+    chats = [user(conversation(kind, "train", i)) for kind in ("sums", "spelling") for i in range(4000)]
+    text = "\n".join((train_text, *chats))
+    held_out = [t for split in ("dev", "test") for t in spelling_templates(split)]
+    held_out += [t for split in ("dev", "test") for op in "+-*" for t in sum_templates(op, split)]
+    for template in held_out:
+        pattern = re.escape(template)
+        for slot, value in (("{w}", "[a-z]+"), ("{a}", "[0-9]+"), ("{b}", "[0-9]+")):
+            pattern = pattern.replace(re.escape(slot), value)
+        assert not re.search(rf"(?<!\w){pattern}", text), template
+
+
 def test_no_pair_of_operands_is_in_both_splits(train_text):
     def pairs(text):
         return {tuple(sorted((int(a), int(b)))) for a, _, b in SUM.findall(text)}

@@ -17,10 +17,10 @@ def tiny_tokenizer() -> Tokenizer:
     return Tokenizer.train_from_iterator(TEXT * 3, 300)
 
 
-def tiny_gpt(vocab_size: int, sequence_len: int = 64, seed: int = 0) -> GPT:
+def tiny_gpt(vocab_size: int, sequence_len: int = 64, seed: int = 0, arch: str = "plain") -> GPT:
     """Random in every weight (the usual initialisation has a zero head: all logits equal)."""
     torch.manual_seed(seed)
-    config = GPTConfig(sequence_len, vocab_size, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+    config = GPTConfig(sequence_len, vocab_size, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, arch=arch)
     model = GPT(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.3)

@@ -19,7 +19,7 @@ class PaddedConversations:
     Conversations come in order, without end; each optimizer step's `accum` global batches of B conversations a rank
     are the next run of them, so that steps do not depend on the number of ranks. Within a step they come by length:
     rows are cut after sequence_len + 1 tokens and padded on the right to the longest of their batch, and lengths differ
-    by ten times and more.
+    by ten times and more. To sort them, each rank renders the whole step.
     """
 
     def __init__(

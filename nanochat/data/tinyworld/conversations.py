@@ -75,17 +75,17 @@ def _word_problems(rng: random.Random, split: str, index: int) -> Conversation:
 
 
 def spelling_templates(split: str) -> list[str]:
-    """All ways to ask for a spelling, with {w} open."""
+    """All ways to ask for a spelling, with {w} open. Documents ask by the first frame, so it is never held out."""
     return [
         frame.replace("{w}", form)
         for i, frame in enumerate(SPELLING_FRAMES)
         for j, form in enumerate(SPELLING_FORMS)
-        if split_of(i, j) == split
+        if split_of(i, j) == split and (i > 0 or split == "train")
     ]
 
 
 def _spelling(rng: random.Random, split: str, index: int) -> Conversation:
-    word = word_to_spell(rng, split) if split == "train" else word_to_spell(rng, split, made_up=0.0)
+    word = word_to_spell(rng, split, made_up=0.8 if split == "train" else 0.0)
     template = rng.choice(spelling_templates(split))
     return _chat(template.replace("{w}", word), spell(word, '"' if '"' in template else ""), answer=word)
 

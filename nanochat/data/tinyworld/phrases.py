@@ -64,7 +64,8 @@ class Relation:
         nouns: noun phrases that name the answer; may be empty.
         answer: the statement that answers in a chat; the first noun phrase "is" the answer when empty.
         statements: more statements for training text.
-        questions, unseen, tested: whole questions for training, dev and test; they share none.
+        questions, dev, test: whole questions for training, dev and test; they share none. Most relations have none for
+            test, where new pairs and frames ask.
         said: how the answer follows "is".
         weight: share of training text, relative to the other relations.
         entity: what the subject is, for encyclopedia entries; "" = none.
@@ -76,8 +77,8 @@ class Relation:
     answer: str = ""
     statements: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
-    unseen: tuple[str, ...] = ()
-    tested: tuple[str, ...] = ()
+    dev: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
     said: str = "{o}"
     weight: float = 1.0
     entity: str = ""
@@ -133,7 +134,7 @@ def question_templates(relation: Relation, split: str) -> tuple[str, ...]:
     if split == "train":
         return (*framed, *relation.questions)
     new = [_frame(frame, noun) for frame in UNSEEN_FRAMES[split] for noun in relation.nouns]
-    return (*framed, *new, *(relation.unseen if split == "dev" else relation.tested))
+    return (*framed, *new, *(relation.dev if split == "dev" else relation.test))
 
 
 def _frame(frame: str, noun: str) -> str:

@@ -55,6 +55,7 @@ SUM_FRAMES = (
     "I want to know {e}.",
     "Hello! What is {e}?",
 )
+INSIDE_OTHERS = ("What is {e}?", "{E}?")  # they stand inside longer ones, so they are never held out
 SUM_WORDINGS = {
     "+": ("{a} + {b}", "{a} plus {b}", "{a}+{b}", "the sum of {a} and {b}", "{a} and {b} together"),
     "-": ("{a} - {b}", "{a} minus {b}", "{a}-{b}", "{a} take away {b}", "the difference of {a} and {b}"),
@@ -67,6 +68,8 @@ def sum_templates(op: str, split: str) -> tuple[str, ...]:
     """All ways to ask for a sum, with {a} and {b} open."""
     grid = ((f, w) for w in range(len(SUM_WORDINGS[op])) for f in range(len(SUM_FRAMES)))
     chosen = [(f, w) for f, w in grid if split_of(f, w) == split]
+    if split != "train":
+        chosen = [(f, w) for f, w in chosen if SUM_FRAMES[f] not in INSIDE_OTHERS]
     words = SUM_WORDINGS[op]
     return tuple(
         SUM_FRAMES[f].replace("{e}", words[w]).replace("{E}", words[w][:1].upper() + words[w][1:]) for f, w in chosen
@@ -235,8 +238,7 @@ def theme_templates(theme: Theme, split: str) -> list[tuple[str, str, str]]:
 
 
 def _numbers(rng: random.Random, ops: str, split: str) -> list[int]:
-    """Operands a, b (and c) whose first pair belongs to the split; in training every pair does. Results stay
-    positive."""
+    """Operands a, b (and c) whose pairs, first and second step's, belong to the split. Results stay positive."""
     while True:
         if ops[0] == "*":
             numbers = [rng.randrange(2, 13), rng.randrange(2, 25)]
@@ -249,7 +251,7 @@ def _numbers(rng: random.Random, ops: str, split: str) -> list[int]:
             continue
         if len(ops) == 2:
             numbers.append(rng.randrange(2, 31))
-            if split == "train" and split_of_pair(result, numbers[2]) != "train":
+            if split_of_pair(result, numbers[2]) != split:
                 continue
             if compute(result, ops[1], numbers[2]) < 1:
                 continue

@@ -29,7 +29,7 @@ def geography() -> list[Relation]:
                 "What city is the capital of {s}?",
                 "{s} has which capital?",
             ),
-            unseen=("Which city is {s}'s capital?", "What city is the capital city of {s}?"),
+            dev=("Which city is {s}'s capital?", "What city is the capital city of {s}?"),
         ),
         Relation(
             "country",
@@ -47,7 +47,7 @@ def geography() -> list[Relation]:
                 "Which country has the capital {s}?",
                 "What country has {s} as its capital?",
             ),
-            unseen=("What country has the capital {s}?", "Which country has {s} as its capital?"),
+            dev=("What country has the capital {s}?", "Which country has {s} as its capital?"),
         ),
         Relation(
             "continent",
@@ -67,7 +67,7 @@ def geography() -> list[Relation]:
                 "Where is {s}?",
                 "What continent is {s} on?",
             ),
-            unseen=("On what continent is {s}?", "What continent is {s} in?"),
+            dev=("On what continent is {s}?", "What continent is {s} in?"),
         ),
     ]
 
@@ -95,7 +95,7 @@ def science() -> list[Relation]:
                 "How do we write the element {s}?",
                 "What symbol does the element {s} have?",
             ),
-            unseen=("Which symbol does the element {s} have?", "What symbol does {s} have?"),
+            dev=("Which symbol does the element {s} have?", "What symbol does {s} have?"),
         ),
         Relation(
             "element",
@@ -112,7 +112,7 @@ def science() -> list[Relation]:
                 "What does the symbol {s} stand for?",
                 "{s} is the symbol of which element?",
             ),
-            unseen=("What element has the symbol {s}?", "Which element does {s} stand for?"),
+            dev=("What element has the symbol {s}?", "Which element does {s} stand for?"),
         ),
         Relation(
             "planet_number",
@@ -125,7 +125,7 @@ def science() -> list[Relation]:
                 "The planet {o} is {s} from the sun.",
             ),
             questions=("Which planet is the {s} from the sun?", "Which planet is {s} from the sun?"),
-            unseen=("What planet is the {s} from the sun?",),
+            dev=("What planet is the {s} from the sun?",),
         ),
         Relation(
             "next_planet",
@@ -134,7 +134,7 @@ def science() -> list[Relation]:
             nouns=("the planet after {s}", "the next planet after {s}", "the planet that comes after {s}"),
             statements=("{s} comes before {o}.", "After {s} comes {o}.", "{o} comes right after {s}."),
             questions=("Which planet comes after {s}?", "Which planet is next after {s}?"),
-            unseen=("What planet comes after {s}?",),
+            dev=("What planet comes after {s}?",),
         ),
         Relation(
             "color",
@@ -144,7 +144,7 @@ def science() -> list[Relation]:
             answer="{S} is {o}.",
             statements=("{S} looks {o}.", "{O} is the color of {s}.", "If you paint {s}, use {o}."),
             questions=("What color is {s}?", "Which color is {s}?", "What color does {s} have?"),
-            unseen=("Which color does {s} have?",),
+            dev=("Which color does {s} have?",),
         ),
         Relation(
             "sides",
@@ -158,7 +158,7 @@ def science() -> list[Relation]:
                 "There are {o} sides in {a}.",
             ),
             questions=("How many sides does {a} have?", "How many sides are there in {a}?", "{A} has how many sides?"),
-            unseen=("How many sides has {a}?", "There are how many sides in {a}?"),
+            dev=("How many sides has {a}?", "There are how many sides in {a}?"),
         ),
     ]
 
@@ -179,7 +179,7 @@ def animals() -> list[Relation]:
                 "What noise does {a} make?",
                 "How does {a} sound?",
             ),
-            unseen=("Which sound does {a} make?", "What does the {s} say?"),
+            dev=("Which sound does {a} make?", "What does the {s} say?"),
         ),
         Relation(
             "young",
@@ -196,7 +196,7 @@ def animals() -> list[Relation]:
                 "Look, a young {s}: it is {ao}.",
             ),
             questions=("What is a young {s} called?", "What is a baby {s} called?", "What do we call a young {s}?"),
-            unseen=("What do we call a baby {s}?",),
+            dev=("What do we call a baby {s}?",),
         ),
         Relation(
             "home",
@@ -218,7 +218,7 @@ def animals() -> list[Relation]:
                 "Where does the {s} live?",
                 "In what place does {a} live?",
             ),
-            unseen=("Where can you find {a}?", "In which place does {a} live?"),
+            dev=("Where can you find {a}?", "In which place does {a} live?"),
         ),
         Relation(
             "legs",
@@ -234,7 +234,7 @@ def animals() -> list[Relation]:
                 "{A} is an animal with {o} legs.",
             ),
             questions=("How many legs does {a} have?", "{A} has how many legs?", "How many legs does the {s} have?"),
-            unseen=("How many legs are there on {a}?", "The {s} has how many legs?"),
+            dev=("How many legs are there on {a}?", "The {s} has how many legs?"),
         ),
         Relation(
             "animal_class",
@@ -251,7 +251,7 @@ def animals() -> list[Relation]:
                 "What kind of animal is the {s}?",
                 "What class of animal is {a}?",
             ),
-            unseen=("Which kind of animal is the {s}?", "Which class of animal is {a}?"),
+            dev=("Which kind of animal is the {s}?", "Which class of animal is {a}?"),
         ),
         Relation(
             "kind",
@@ -271,7 +271,7 @@ def animals() -> list[Relation]:
                 "What does the word {s} name?",
                 "The word {s} names what?",
             ),
-            unseen=("What kind of thing does the word {s} name?",),
+            dev=("What kind of thing does the word {s} name?",),
         ),
         Relation(
             "worker",
@@ -292,7 +292,7 @@ def animals() -> list[Relation]:
                 "What is a person who {s} called?",
                 "What do we call someone who {s}?",
             ),
-            unseen=("What do we call a person who {s}?", "What is someone who {s} called?"),
+            dev=("What do we call a person who {s}?", "What is someone who {s} called?"),
         ),
         Relation(
             "sense",
@@ -302,6 +302,6 @@ def animals() -> list[Relation]:
             answer="We {s} with our {o}.",
             statements=("You {s} with your {o}.", "To {s} we use our {o}.", "People {s} with their {o}."),
             questions=("What do we {s} with?", "What do you {s} with?", "With what do we {s}?"),
-            unseen=("With what do you {s}?",),
+            dev=("With what do you {s}?",),
         ),
     ]

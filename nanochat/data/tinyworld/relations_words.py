@@ -35,12 +35,12 @@ def _shifted(name: str, known: str, unknown: str, asked: str, step: int) -> Rela
             f"If {known} {{s}}, then what is {day}?",
             f"If {known} {{s}}, then {unknown} what day?",
         ),
-        unseen=(
+        dev=(
             f"Which day {asked} when {known} {{s}}?",
             f"If {known} {{s}}, then what day {asked}?",
             f"Please tell me {day} if {known} {{s}}.",
         ),
-        tested=(
+        test=(
             f"What day {asked} if {known} {{s}}?",
             f"When {known} {{s}}, then which day {asked}?",
             f"Tell me {day} if {known} {{s}}.",
@@ -63,7 +63,7 @@ def calendar() -> list[Relation]:
             ),
             statements=("{o} is the day after {s}.", "{o} comes after {s}.", "After {s} comes {o}."),
             questions=("Which day comes after {s}?", "What day comes after {s}?", "Which day follows {s}?"),
-            unseen=("What day follows {s}?", "Which day is after {s}?"),
+            dev=("What day follows {s}?", "Which day is after {s}?"),
         ),
         Relation(
             "previous_day",
@@ -73,7 +73,7 @@ def calendar() -> list[Relation]:
             nouns=("the day before {s}", "the day just before {s}", "the day that comes before {s}"),
             statements=("{o} is the day before {s}.", "{o} comes before {s}.", "Before {s} comes {o}."),
             questions=("Which day comes before {s}?", "What day comes before {s}?", "Which day is just before {s}?"),
-            unseen=("What day is just before {s}?", "Which day is before {s}?"),
+            dev=("What day is just before {s}?", "Which day is before {s}?"),
         ),
         _shifted("tomorrow_from_today", "today is", "tomorrow will be", "will tomorrow be", 1),
         _shifted("tomorrow_from_yesterday", "yesterday was", "tomorrow will be", "will tomorrow be", 2),
@@ -92,7 +92,7 @@ def calendar() -> list[Relation]:
             ),
             statements=("{o} is the month after {s}.", "{o} comes after {s}.", "After {s} comes {o}."),
             questions=("Which month comes after {s}?", "What month comes after {s}?", "Which month follows {s}?"),
-            unseen=("What month follows {s}?", "Which month is after {s}?"),
+            dev=("What month follows {s}?", "Which month is after {s}?"),
         ),
         Relation(
             "previous_month",
@@ -106,7 +106,7 @@ def calendar() -> list[Relation]:
                 "What month comes before {s}?",
                 "Which month is just before {s}?",
             ),
-            unseen=("What month is just before {s}?", "Which month is before {s}?"),
+            dev=("What month is just before {s}?", "Which month is before {s}?"),
         ),
         Relation(
             "month_number",
@@ -119,7 +119,7 @@ def calendar() -> list[Relation]:
                 "In the year, the {s} month is {o}.",
             ),
             questions=("Which month is the {s} of the year?", "Which month is {s} in the year?"),
-            unseen=("What month is the {s} of the year?",),
+            dev=("What month is the {s} of the year?",),
         ),
         Relation(
             "month_days",
@@ -130,7 +130,7 @@ def calendar() -> list[Relation]:
             answer="{s} has {o} days.",
             statements=("The month {s} has {o} days.", "There are {o} days in {s}.", "{s} is a month with {o} days."),
             questions=("How many days does {s} have?", "How many days are in {s}?", "How many days are there in {s}?"),
-            unseen=("{s} has how many days?", "How many days does the month {s} have?"),
+            dev=("{s} has how many days?", "How many days does the month {s} have?"),
         ),
         Relation(
             "season",
@@ -149,7 +149,7 @@ def calendar() -> list[Relation]:
                 "In the north, what season is {s}?",
                 "Which season is {s} in the north?",
             ),
-            unseen=("What season is {s} in the north?",),
+            dev=("What season is {s} in the north?",),
         ),
         Relation(
             "next_season",
@@ -158,7 +158,7 @@ def calendar() -> list[Relation]:
             nouns=("the season after {s}", "the next season after {s}", "the season that comes after {s}"),
             statements=("After {s} comes {o}.", "{O} comes after {s}.", "{O} is the season after {s}."),
             questions=("Which season comes after {s}?", "Which season follows {s}?"),
-            unseen=("What season comes after {s}?",),
+            dev=("What season comes after {s}?",),
         ),
     ]
 
@@ -187,7 +187,7 @@ def language() -> list[Relation]:
                 "What word means the opposite of {s}?",
                 "{S} is the opposite of what?",
             ),
-            unseen=("Which word means the opposite of {s}?", "What word is the opposite of {s}?"),
+            dev=("Which word means the opposite of {s}?", "What word is the opposite of {s}?"),
         ),
         Relation(
             "plural",
@@ -206,7 +206,7 @@ def language() -> list[Relation]:
                 "Which word is the plural of {s}?",
                 "What do we say for more than one {s}?",
             ),
-            unseen=("What word is the plural of {s}?", "One {s}, many what?"),
+            dev=("What word is the plural of {s}?", "One {s}, many what?"),
         ),
         Relation(
             "past",
@@ -224,7 +224,7 @@ def language() -> list[Relation]:
                 "Which word is the past tense of {s}?",
                 "What word is the past form of {s}?",
             ),
-            unseen=("What word is the past tense of {s}?", "Today they {s}, yesterday they what?"),
+            dev=("What word is the past tense of {s}?", "Today they {s}, yesterday they what?"),
         ),
         Relation(
             "next_letter",
@@ -238,7 +238,7 @@ def language() -> list[Relation]:
             ),
             statements=("After {s} comes {o}.", "The letter {o} comes after {s}.", "The letter {s} comes before {o}."),
             questions=("Which letter comes after {s}?", "Which letter follows {s}?"),
-            unseen=("What letter comes after {s}?",),
+            dev=("What letter comes after {s}?",),
         ),
         Relation(
             "previous_letter",
@@ -247,7 +247,7 @@ def language() -> list[Relation]:
             nouns=("the letter before {s}", "the letter just before {s}", "the letter that comes before {s}"),
             statements=("Before {s} comes {o}.", "The letter {o} comes before {s}."),
             questions=("Which letter comes before {s}?", "Which letter is just before {s}?"),
-            unseen=("What letter comes before {s}?",),
+            dev=("What letter comes before {s}?",),
         ),
     ]
 
@@ -267,7 +267,7 @@ def numbers() -> list[Relation]:
             ),
             statements=("After {s} comes {o}.", "{o} comes after {s}.", "{o} is one more than {s}."),
             questions=("Which number comes after {s}?", "What number comes after {s}?", "Which number follows {s}?"),
-            unseen=("What number follows {s}?",),
+            dev=("What number follows {s}?",),
         ),
         Relation(
             "previous_number",
@@ -281,7 +281,7 @@ def numbers() -> list[Relation]:
                 "What number comes before {s}?",
                 "Which number is just before {s}?",
             ),
-            unseen=("What number is just before {s}?",),
+            dev=("What number is just before {s}?",),
         ),
         Relation(
             "number_word",
@@ -295,7 +295,7 @@ def numbers() -> list[Relation]:
                 "How do we write the number {s} in words?",
                 "What is the number {s} called?",
             ),
-            unseen=("How do we write {s} in words?", "How do you write the number {s} in words?"),
+            dev=("How do we write {s} in words?", "How do you write the number {s} in words?"),
         ),
         Relation(
             "equation",
@@ -305,6 +305,6 @@ def numbers() -> list[Relation]:
             answer="If {s}, then x is {o}.",
             statements=("If {s}, then x = {o}.", "When {s}, x is {o}.", "We know that {s}, so x is {o}."),
             questions=("If {s}, what is x?", "If {s}, then what is x?", "Solve {s}.", "Find x if {s}."),
-            unseen=("Find the value of x if {s}.", "When {s}, what is x?"),
+            dev=("Find the value of x if {s}.", "When {s}, what is x?"),
         ),
     ]

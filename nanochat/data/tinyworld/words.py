@@ -1,6 +1,6 @@
 """Words to spell: the world's own words, a list of further English words, and made-up words.
 
-About one word in four of the further list, and of the made-up ones, is never spelled in training. The world's
+About one word in four of the further list is never spelled in training. The world's
 own words are all spelled in training: they are frequent, so many are single tokens, and a token's letters
 can only be learned where that token is spelled.
 """
@@ -92,7 +92,7 @@ def real_words(split: str) -> tuple[str, ...]:
     return (*world_words(), *chosen) if split == "train" else chosen
 
 
-def made_up_word(rng: random.Random, split: str) -> str:
+def made_up_word(rng: random.Random) -> str:
     """A word that is none: one to three pronounceable syllables ("glanter"), or the beginning of a real training word
     with the end of another ("jacom"), which has the letters, and the tokens, of English."""
     while True:
@@ -102,7 +102,7 @@ def made_up_word(rng: random.Random, split: str) -> str:
         else:
             first, second = rng.choice(real_words("train")), rng.choice(real_words("train"))
             word = first[: rng.randrange(1, len(first))] + second[rng.randrange(1, len(second)) :]
-        if 3 <= len(word) <= 12 and split_of_word(word) == split and word not in _english_set():
+        if 3 <= len(word) <= 12 and split_of_word(word) == "train" and word not in _english_set():
             return word
 
 
@@ -114,7 +114,7 @@ def _english_set() -> frozenset[str]:
 def word_to_spell(rng: random.Random, split: str, made_up: float = 0.8) -> str:
     """A real word, or a made-up one with this probability: those cannot be known by heart, so they teach to copy."""
     if rng.random() < made_up:
-        return made_up_word(rng, split)
+        return made_up_word(rng)
     return rng.choice(real_words(split))
 
 
