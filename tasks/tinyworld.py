@@ -137,7 +137,7 @@ SFT_ROWS: dict[type[TinyTask], int] = {
     TinyFacts: 6_500,
     TinySums: 500,
     TinyWordProblems: 600,
-    TinySpelling: 4_000,
+    TinySpelling: 5_000,
     TinyMC: 400,
     TinyIdentity: 600,
     TinyStories: 100,
