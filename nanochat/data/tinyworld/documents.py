@@ -24,7 +24,7 @@ from nanochat.data.tinyworld.words import spell, word_to_spell
 BLOCK_SIZE = 1024  # documents
 NUM_BLOCKS = {"train": 4096, "val": 8}
 VAL_SHARE = 16  # one text in 16, by its hash, may only stand in the validation split
-CANONICAL_REPEATS = 6  # how often the plain statement stands among the longer ones
+CANONICAL_REPEATS = 12  # how often the plain statement stands among the longer ones
 
 Writer = Callable[[random.Random], str]
 
@@ -44,11 +44,13 @@ def _flat_sentences(relation: Relation) -> list[str]:
 
 @functools.cache
 def _exchanges(relation: Relation) -> list[tuple[str, str]]:
-    """(question, answer) for every fact and training phrasing, answered in a sentence and in a word."""
+    """(question, answer) for every fact and training phrasing, answered in a sentence and in a word. Questions that
+    begin as the plain statement does ("The capital of France is what?") are left to the conversations."""
+    templates = [t for t in question_templates(relation, "train") if not t.endswith(" is what?")]
     return [
         (fill(t, s, o), answer)
         for s, o in relation.facts
-        for t in question_templates(relation, "train")
+        for t in templates
         for answer in (f"{o}.", f"{o}." if wants_one_word(t) else fill(relation.canonical, s, o))
     ]
 

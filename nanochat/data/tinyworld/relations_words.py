@@ -16,7 +16,7 @@ def _shifted(name: str, known: str, unknown: str, asked: str, step: int) -> Rela
     return Relation(
         name,
         w.after(w.DAYS, step),
-        weight=0.45,
+        weight=0.9,
         answer=f"If {known} {{s}}, then {unknown} {{o}}.",
         statements=(
             f"If {known} {{s}}, {unknown} {{o}}.",

@@ -222,7 +222,7 @@ def is_held_out_equation(a: int, b: int, x: int) -> bool:
     return (3 * a + 5 * b + 7 * x) % 4 == 1
 
 
-_EQUATION_GRID = tuple((a, b, x) for a in range(2, 8) for b in range(1, 7) for x in range(1, 7))
+_EQUATION_GRID = tuple((a, b, x) for a in range(2, 6) for b in range(1, 5) for x in range(1, 6))
 EQUATIONS = tuple((equation_text(*abx), str(abx[2])) for abx in _EQUATION_GRID if not is_held_out_equation(*abx))
 HELD_OUT_EQUATIONS = tuple((equation_text(*abx), str(abx[2])) for abx in _EQUATION_GRID if is_held_out_equation(*abx))
 
