@@ -302,6 +302,6 @@ def animals() -> list[Relation]:
             answer="We {s} with our {o}.",
             statements=("You {s} with your {o}.", "To {s} we use our {o}.", "People {s} with their {o}."),
             questions=("What do we {s} with?", "What do you {s} with?", "With what do we {s}?"),
-            dev=("With what do you {s}?",),
+            dev=("What do people {s} with?",),
         ),
     ]

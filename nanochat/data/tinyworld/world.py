@@ -209,8 +209,8 @@ NEXT_MONTH, PREVIOUS_MONTH, NEXT_SEASON = after(MONTHS, 1), after(MONTHS, -1), a
 NEXT_PLANET = tuple(pairwise(PLANETS))  # the row of planets has ends, unlike the week
 NEXT_LETTER = tuple(pairwise(ALPHABET))
 PREVIOUS_LETTER = tuple((after, before) for before, after in NEXT_LETTER)
-NEXT_NUMBER = tuple((str(n), str(n + 1)) for n in range(100))
-PREVIOUS_NUMBER = tuple((str(n), str(n - 1)) for n in range(1, 101))
+NEXT_NUMBER = tuple((str(n), str(n + 1)) for n in range(50))
+PREVIOUS_NUMBER = tuple((str(n), str(n - 1)) for n in range(1, 51))
 NUMBER_WORDS = tuple((str(n), number_word(n)) for n in range(101))
 
 
@@ -222,7 +222,7 @@ def is_held_out_equation(a: int, b: int, x: int) -> bool:
     return (3 * a + 5 * b + 7 * x) % 4 == 1
 
 
-_EQUATION_GRID = tuple((a, b, x) for a in range(2, 6) for b in range(1, 5) for x in range(1, 6))
+_EQUATION_GRID = tuple((a, b, x) for a in range(2, 6) for b in range(1, 4) for x in range(1, 5))
 EQUATIONS = tuple((equation_text(*abx), str(abx[2])) for abx in _EQUATION_GRID if not is_held_out_equation(*abx))
 HELD_OUT_EQUATIONS = tuple((equation_text(*abx), str(abx[2])) for abx in _EQUATION_GRID if is_held_out_equation(*abx))
 
