@@ -64,7 +64,7 @@ def check_conversation(conversation: Any, where: str = "") -> None:
 def _content_fault(content: Any, parts_allowed: bool) -> str | None:
     """Why a content cannot be rendered; None when it can."""
     if isinstance(content, str):
-        return None
+        return _text_fault(content)
     if not parts_allowed:
         return f"content must be a string, got {_brief(content)}"
     if not isinstance(content, Sequence):
@@ -74,6 +74,16 @@ def _content_fault(content: Any, parts_allowed: bool) -> str | None:
             return f'a part must be {{"type": ..., "text": string}}, got {_brief(part)}'
         if part.get("type") not in PARTS:
             return f"part type {part.get('type')!r} is not known; use {', '.join(PARTS)}"
+        if fault := _text_fault(part["text"]):
+            return fault
+    return None
+
+
+def _text_fault(text: str) -> str | None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"half a surrogate pair, {text[error.start]!r}, stands at character {error.start}; it is no text"
     return None
 
 

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanochat.config import InputError
+from nanochat.environment import base_dir
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import Runtime, barrier, base_dir
+from nanochat.runtime import Runtime, barrier
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
 if TYPE_CHECKING:

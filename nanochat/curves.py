@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from nanochat.runtime import base_dir
+from nanochat.environment import base_dir, is_master
 
 
 def log_curve(stage: str, step: int, **values: float) -> None:
     """Append the values at an optimizer step: `log_curve("base", 100, loss=3.2, lrm=1.0)`. Rank 0 only."""
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+    if not is_master():
         return
     path = base_dir() / "report" / "curves" / f"{stage}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

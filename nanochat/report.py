@@ -19,11 +19,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from nanochat.config import InputError
+from nanochat.environment import base_dir, is_master
 from nanochat.report_header import format_header
-from nanochat.runtime import base_dir
 
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 SECTIONS = (
@@ -306,8 +304,7 @@ class NoReport(Report):
 
 def get_report() -> Report:
     """The report of the base directory; on ranks other than 0 one that writes nothing."""
-    is_other_rank = dist.is_available() and dist.is_initialized() and dist.get_rank() != 0
-    return (NoReport if is_other_rank else Report)(base_dir() / "report", copy_to="report.md")
+    return (Report if is_master() else NoReport)(base_dir() / "report", copy_to="report.md")
 
 
 def format_plots(plots: Sequence[Path], folder: str) -> str:

@@ -1,4 +1,4 @@
-"""Where we run: device, dtype, ranks, directories, peak FLOPs. The only reader of environment variables."""
+"""Where we run: device, dtype, ranks, peak FLOPs. Only this module and `environment` read environment variables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,40 +141,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def print0(*args: Any, **kwargs: Any) -> None:
-    """print on rank 0."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*args, flush=True, **kwargs)
-
-
-def base_dir() -> Path:
-    """Root of all artefacts: NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created on demand."""
-    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(f"cannot make the base directory {path}: {reason}; set NANOCHAT_BASE_DIR") from None
-    return path
-
-
-def hub_dir() -> Path | None:
-    """A folder laid out like the hub (datasets/OWNER/NAME/...), from NANOCHAT_HUB_DIR; None = use the network."""
-    name = os.environ.get("NANOCHAT_HUB_DIR")
-    if not name:
-        return None
-    if not Path(name).is_dir():
-        raise InputError(f"NANOCHAT_HUB_DIR={name} is no folder; unset it or point it at a hub mirror")
-    return Path(name)
-
-
-def offer_tiktoken_cache() -> None:
-    """Let tiktoken read its vocabularies from the hub mirror, unless TIKTOKEN_CACHE_DIR says where."""
-    hub = hub_dir()
-    if hub is not None and (hub / "tiktoken_cache").is_dir():
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(hub / "tiktoken_cache"))
-
-
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -214,16 +179,3 @@ def peak_memory_mib(device: torch.device) -> float:
 
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def aqua_dir() -> Path | None:
-    """A folder that may hold AQuA splits as {split}.jsonl: NANOCHAT_AQUA_DIR, AQUA_DATA_DIR, else <base>/aqua
-    if it exists; None = use the hub."""
-    for variable in ("NANOCHAT_AQUA_DIR", "AQUA_DATA_DIR"):
-        name = os.environ.get(variable)
-        if name:
-            if not Path(name).is_dir():
-                raise InputError(f"{variable}={name} is no folder; unset it or point it at the AQuA files")
-            return Path(name)
-    folder = base_dir() / "aqua"
-    return folder if folder.is_dir() else None

@@ -1,4 +1,4 @@
-"""Five texts of different kinds for comparing tokenizers; the names are those of the report's table."""
+"""Texts for comparing tokenizers: five kinds, with the names of the report's table, and one story in many languages."""
 
 NEWS = """\
 (Harrow Point, March 14) The Harrow Point Harbour Board today opened the rebuilt north breakwater, \
@@ -146,3 +146,54 @@ by white chalky mud.
 """
 
 TEXTS = {"news": NEWS, "korean": KOREAN, "code": CODE, "math": MATH, "science": SCIENCE}
+
+# The same few sentences, so that bytes per token can be set side by side.
+LANGUAGES = {
+    "english": """\
+Every morning the baker opens his shop before the sun comes up. The first customers are the bus drivers, who buy \
+warm bread and talk about the weather. On Sundays he also bakes a cake with apples from his garden.
+""",
+    "german": """\
+Jeden Morgen öffnet der Bäcker seinen Laden, bevor die Sonne aufgeht. Die ersten Kunden sind die Busfahrer, die \
+warmes Brot kaufen und über das Wetter reden. Sonntags backt er auch einen Kuchen mit Äpfeln aus seinem Garten.
+""",
+    "french": """\
+Chaque matin, le boulanger ouvre sa boutique avant le lever du soleil. Les premiers clients sont les chauffeurs \
+d'autobus, qui achètent du pain chaud et parlent du temps qu'il fait. Le dimanche, il prépare aussi un gâteau aux \
+pommes de son jardin.
+""",
+    "spanish": """\
+Cada mañana el panadero abre su tienda antes de que salga el sol. Los primeros clientes son los conductores de \
+autobús, que compran pan caliente y hablan del tiempo. Los domingos hace también una tarta con manzanas de su jardín.
+""",
+    "turkish": """\
+Fırıncı her sabah güneş doğmadan önce dükkânını açar. İlk müşteriler, sıcak ekmek alıp havadan konuşan otobüs \
+şoförleridir. Pazar günleri bahçesindeki elmalarla bir kek de yapar.
+""",
+    "russian": """\
+Каждое утро пекарь открывает свою лавку до восхода солнца. Первые покупатели — водители автобусов, они берут тёплый \
+хлеб и говорят о погоде. По воскресеньям он печёт ещё и пирог с яблоками из своего сада.
+""",
+    "greek": """\
+Κάθε πρωί ο φούρναρης ανοίγει το μαγαζί του πριν βγει ο ήλιος. Οι πρώτοι πελάτες είναι οι οδηγοί των λεωφορείων, που \
+αγοράζουν ζεστό ψωμί και μιλούν για τον καιρό. Τις Κυριακές φτιάχνει και ένα κέικ με μήλα από τον κήπο του.
+""",
+    "arabic": """\
+يفتح الخباز دكانه كل صباح قبل شروق الشمس. أول الزبائن هم سائقو الحافلات، يشترون الخبز الساخن ويتحدثون عن الطقس. \
+وفي أيام الأحد يخبز أيضا كعكة بالتفاح من حديقته.
+""",
+    "hindi": """\
+हर सुबह बेकर सूरज निकलने से पहले अपनी दुकान खोलता है। पहले ग्राहक बस चालक होते हैं, जो गरम रोटी खरीदते हैं और मौसम की \
+बातें करते हैं। रविवार को वह अपने बगीचे के सेबों से केक भी बनाता है।
+""",
+    "chinese": """\
+每天早上，面包师在太阳升起之前就打开店门。最早的客人是公交车司机，他们买热面包，聊聊天气。到了星期天，他还会用自家园子里的苹果烤一个蛋糕。
+""",
+    "japanese": """\
+毎朝、パン屋さんは日が昇る前に店を開けます。最初のお客さんはバスの運転手たちで、温かいパンを買って天気の話をします。日曜日には、庭のりんごでケーキも焼きます。
+""",
+    "thai": """\
+ทุกเช้าคนทำขนมปังเปิดร้านก่อนพระอาทิตย์ขึ้น ลูกค้ากลุ่มแรกคือคนขับรถเมล์ ซึ่งซื้อขนมปังร้อน ๆ \
+และคุยกันเรื่องอากาศ ทุกวันอาทิตย์เขายังอบเค้กแอปเปิ้ลจากสวนของเขาด้วย
+""",
+}

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from nanochat import checkpoint
 from nanochat.config import InputError
+from nanochat.environment import print0
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import Runtime, all_reduce, peak_flops, print0, synchronize
+from nanochat.runtime import Runtime, all_reduce, peak_flops, synchronize
 from nanochat.tracking import Tracker
 
 WARMUP_STEPS_UNTIMED = 10  # steps that compile and warm caches: not in the training time, as in the reference

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat import checkpoint, runtime
+from nanochat import checkpoint, environment, runtime
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.evals.bundle import CORE_LABELS, open_bundle
 from nanochat.evals.core import CoreResult, evaluate_core
@@ -62,7 +62,7 @@ def run(cfg: BaseEvalConfig) -> CoreResult:
     bundle = open_bundle(cfg.bundle, meta.get("user_config", {}).get("dataset"))
     result = evaluate_core(model, tokenizer, rt, bundle, cfg.max_per_task, cfg.device_batch_size)
     if rt.is_master:
-        path = runtime.base_dir() / "base_eval" / f"base_model_{step:06d}.csv"
+        path = environment.base_dir() / "base_eval" / f"base_model_{step:06d}.csv"
         write_atomically(path, format_csv(result))
         print(f"{result.metric_name}: {result.core_metric:.4f} +- {result.stderr:.4f} (written to {path})")
     get_report().log("Base model evaluation", [*report_items(result, step), *report_config(cfg)])

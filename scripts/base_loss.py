@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat import checkpoint, runtime
+from nanochat import checkpoint, environment, runtime
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.loader import PackingLoader
 from nanochat.data.sources import Source, open_source
@@ -82,7 +82,7 @@ def run(cfg: BaseLossConfig) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for split in ("train", "val"):
         results[f"{split} bpb"] = split_bpb(model, tokenizer, rt, source, split, cfg)
-        runtime.print0(f"{split} bpb: {results[f'{split} bpb']:.4f}")
+        environment.print0(f"{split} bpb: {results[f'{split} bpb']:.4f}")
     if rt.is_master:
         for i, text in enumerate(sample_texts(model, tokenizer)):
             results[f"sample {i}"] = text

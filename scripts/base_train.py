@@ -18,6 +18,7 @@ from nanochat import checkpoint, runtime, scaling
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.loader import PackingLoader
 from nanochat.data.sources import open_source
+from nanochat.environment import print0
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.evals.bundle import open_bundle
 from nanochat.evals.core import evaluate_core
@@ -26,7 +27,6 @@ from nanochat.gpt import ARCHS, GPTConfig
 from nanochat.optim import build_optimizer
 from nanochat.plan import plan_lines
 from nanochat.report import get_report
-from nanochat.runtime import print0
 from nanochat.tokenizer import get_tokenizer
 from nanochat.tracking import DUMMY, Tracker
 from nanochat.trainer import LoopState, Trainer, muon_dtype, restore, resume_path

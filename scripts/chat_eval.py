@@ -17,9 +17,9 @@ from typing import Any
 
 from nanochat import checkpoint, runtime
 from nanochat.config import REQUIRED, InputError, flag, report_config, run_cli
+from nanochat.environment import print0
 from nanochat.evals.chat import ChatResult, chat_core, evaluate_task
 from nanochat.report import get_report
-from nanochat.runtime import print0
 from nanochat.sandbox import isolation_level
 from tasks.registry import BASELINES, EVAL_TASKS, REAL, TINYWORLD, default_tasks, eval_task
 

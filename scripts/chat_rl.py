@@ -24,9 +24,10 @@ from torch import Tensor
 from nanochat import checkpoint, runtime
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.engine import Engine
+from nanochat.environment import print0
 from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.report import get_report
-from nanochat.runtime import all_reduce, print0
+from nanochat.runtime import all_reduce
 from nanochat.tracking import DUMMY, Tracker
 from nanochat.trainer import LoopState, accumulate, muon_dtype, restore, resume_path, train_loop
 from tasks.common import Task

@@ -20,10 +20,11 @@ import torch
 from nanochat import checkpoint, runtime, scaling
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.conversations import PaddedConversations
+from nanochat.environment import print0
 from nanochat.evals.chat import evaluate_task
 from nanochat.optim import build_optimizer
 from nanochat.report import get_report
-from nanochat.runtime import all_reduce, print0
+from nanochat.runtime import all_reduce
 from nanochat.tracking import DUMMY, Tracker
 from nanochat.trainer import LoopState, Trainer, muon_dtype, restore, resume_path
 from tasks import mixtures

@@ -18,11 +18,11 @@ from typing import Any
 from nanochat import checkpoint, runtime, scaling
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.conversations import PackedConversations
+from nanochat.environment import print0
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.gpt import GPTConfig
 from nanochat.optim import build_optimizer
 from nanochat.report import get_report
-from nanochat.runtime import print0
 from nanochat.tracking import DUMMY, Tracker
 from nanochat.trainer import LoopState, Trainer, muon_dtype, restore, resume_path
 from tasks import mixtures

@@ -1,28 +1,34 @@
-"""Compare our tokenizer with those of GPT-2 and GPT-4 on seven texts.
+"""Compare our tokenizer with those of GPT-2 and GPT-4 on seven texts and in twelve languages.
 
     python -m scripts.tok_eval
 
-Reads tokenizer/ and the first block of each split of the data set that it was trained on. The other two
-vocabularies are fetched by tiktoken, once; without a network, TIKTOKEN_CACHE_DIR names a folder that has them.
+Reads tokenizer/ and the data set that it was trained on: the first block of each split, and the validation split for
+the tokens that it never uses. The other two vocabularies are fetched by tiktoken, once; without a network,
+TIKTOKEN_CACHE_DIR names a folder that has them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from nanochat import runtime
+import numpy as np
+
+from nanochat import environment
 from nanochat.config import InputError, run_cli
-from nanochat.data.sources import open_source
+from nanochat.data.sources import Source, open_source
 from nanochat.report import get_report
-from nanochat.tok_eval_texts import TEXTS
-from nanochat.tokenizer import Tokenizer, get_tokenizer
+from nanochat.tok_eval_texts import LANGUAGES, TEXTS
+from nanochat.tokenizer import Tokenizer, get_tiktoken, get_tokenizer
 
 BASELINES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
 FETCH_SECONDS = 20.0  # the vocabularies are some 3 MB; without a network the stage goes on after this
 ROW_PREFIXES = {"fineweb-edu": "fwe"}  # the name the tables always had
+NUM_LONGEST = 20
+MAX_VAL_BYTES = 100_000_000  # of validation text that are searched for tokens never used
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,16 @@ class Row:
         )
 
 
-def data_texts(dataset: str) -> dict[str, str]:
+class Coder(NamedTuple):
+    """A tokenizer as far as it is compared."""
+
+    vocab_size: int
+    encode: Callable[[str], list[int]]
+    decode_bytes: Callable[[list[int]], bytes]
+
+
+def data_texts(source: Source, dataset: str) -> dict[str, str]:
     """The first block of the training and of the validation split, documents joined by newlines."""
-    source = open_source(dataset)
     prefix = ROW_PREFIXES.get(dataset, Path(dataset).name)
     texts = {
         # a lone surrogate, which JSON may hold, has no UTF-8
@@ -61,7 +74,7 @@ def data_texts(dataset: str) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text}
 
 
-def count_tokens(tokenizer: Tokenizer, texts: Mapping[str, str], who: str) -> dict[str, int]:
+def count_tokens(coder: Coder, texts: Mapping[str, str], who: str) -> dict[str, int]:
     """Tokens of each text.
 
     Raises:
@@ -69,21 +82,22 @@ def count_tokens(tokenizer: Tokenizer, texts: Mapping[str, str], who: str) -> di
     """
     counts = {}
     for name, text in texts.items():
-        ids = tokenizer.encode(text)
-        if tokenizer.decode_bytes(ids) != text.encode("utf-8"):
+        ids = coder.encode(text)
+        if coder.decode_bytes(ids) != text.encode("utf-8"):
             raise InputError(f"the {who} tokenizer does not give back the text {name!r}; it is damaged")
         counts[name] = len(ids)
     return counts
 
 
-def fetch(baselines: Mapping[str, str], seconds: float = FETCH_SECONDS) -> dict[str, Tokenizer | str]:
+def fetch(baselines: Mapping[str, str], seconds: float = FETCH_SECONDS) -> dict[str, Coder | str]:
     """tiktoken's tokenizers by the baseline's name, or why one cannot be had. Waits `seconds` at the most."""
-    found: dict[str, Tokenizer | str] = {}
+    found: dict[str, Coder | str] = {}
 
     def work() -> None:
         for name, encoding_name in baselines.items():
             try:
-                found[name] = Tokenizer.from_pretrained(encoding_name)
+                encoding = get_tiktoken(encoding_name)
+                found[name] = Coder(encoding.n_vocab, encoding.encode_ordinary, encoding.decode_bytes)
             except InputError as error:
                 found[name] = str(error)
 
@@ -104,29 +118,76 @@ def format_table(baseline: str, rows: Sequence[Row]) -> str:
     return "\n".join([f"### Comparison with {baseline}\n", header, dashes, *map(str, rows)]) + "\n"
 
 
-def compare(baseline: str, tokenizer: Tokenizer | str, texts: Mapping[str, str], ours: Mapping[str, int]) -> str:
+def format_comparison(
+    baseline: str, theirs: Mapping[str, int] | str, texts: Mapping[str, str], ours: Mapping[str, int]
+) -> str:
     """The report's part on one baseline: its table, or one line that says why there is none."""
-    if isinstance(tokenizer, str):
-        return f"### Comparison with {baseline}\n\nNot compared: {' '.join(tokenizer.split())}\n"
-    theirs = count_tokens(tokenizer, texts, baseline)
-    rows = [Row(n, len(t.encode("utf-8")), theirs[n], ours[n]) for n, t in texts.items()]
-    return format_table(baseline, rows)
+    if isinstance(theirs, str):
+        return f"### Comparison with {baseline}\n\nNot compared: {' '.join(theirs.split())}\n"
+    return format_table(baseline, [Row(n, len(t.encode("utf-8")), theirs[n], ours[n]) for n, t in texts.items()])
+
+
+def format_compression(texts: Mapping[str, str], counts: Mapping[str, Mapping[str, int] | str]) -> str:
+    """Bytes per token of every text by every tokenizer that could be had."""
+    had = {who: tokens for who, tokens in counts.items() if not isinstance(tokens, str)}
+    lines = ["### Bytes per token\n", f"| Text | Bytes | {' | '.join(had)} |", "|---|---:|" + "---:|" * len(had)]
+    for name, text in texts.items():
+        size = len(text.encode("utf-8"))
+        ratios = " | ".join(f"{size / tokens[name]:.2f}" for tokens in had.values())
+        lines.append(f"| {name} | {size} | {ratios} |")
+    return "\n".join(lines) + "\n"
+
+
+def format_longest(tokenizer: Tokenizer) -> str:
+    """The longest tokens: what a vocabulary learned of a corpus by heart is often junk."""
+    num_bytes = tokenizer.num_bytes()
+    longest = np.argsort(-num_bytes, kind="stable")[:NUM_LONGEST]
+    lines = [f"- {i}: {tokenizer.id_to_token(int(i))!r} ({num_bytes[i]} bytes)" for i in longest]
+    return "\n".join([f"### The {len(lines)} longest tokens\n", *lines]) + "\n"
+
+
+def format_unused(tokenizer: Tokenizer, source: Source) -> str:
+    """The share of the ordinary vocabulary that the validation split never uses."""
+    is_used, size = np.zeros(tokenizer.get_vocab_size(), bool), 0
+    for block in range(source.num_blocks("val")):
+        texts = source.read_block("val", block)
+        for ids in tokenizer.encode_to_arrays(texts):
+            is_used[ids] = True
+        size += sum(len(text.encode("utf-8")) for text in texts)
+        if size >= MAX_VAL_BYTES:
+            break
+    unused = ~is_used[tokenizer.num_bytes() > 0]
+    share = f"{100 * unused.mean():.1f}% of the vocabulary ({unused.sum():,} of {len(unused):,} tokens)"
+    return f"### Tokens never used\n\n- {share} in {size:,} bytes of validation text\n"
 
 
 def run(cfg: TokEvalConfig) -> str:
     tokenizer = get_tokenizer()
-    dataset = tokenizer.metadata.get("dataset")
-    texts = TEXTS | (data_texts(dataset) if dataset else {})
-    baselines = fetch(BASELINES)
-    for name, baseline in baselines.items():
-        if isinstance(baseline, Tokenizer):
-            runtime.print0(f"{name}: {baseline.get_vocab_size()}")
-    runtime.print0(f"Ours: {tokenizer.get_vocab_size()}")
-    ours = count_tokens(tokenizer, texts, "trained")
-    tables = "\n".join(compare(name, baseline, texts, ours) for name, baseline in baselines.items())
-    runtime.print0("\n" + tables)
-    get_report().log("Tokenizer evaluation", [tables])
-    return tables
+    dataset = str(tokenizer.metadata.get("dataset", ""))
+    source = open_source(dataset) if dataset else None
+    texts = TEXTS | (data_texts(source, dataset) if source else {})
+    coders: dict[str, Coder | str] = {
+        "Ours": Coder(tokenizer.get_vocab_size(), tokenizer.encode, tokenizer.decode_bytes),
+        **fetch(BASELINES),
+    }
+    for name in (*BASELINES, "Ours"):
+        coder = coders[name]
+        if isinstance(coder, Coder):
+            environment.print0(f"{name}: {coder.vocab_size}")
+    counts = {
+        name: coder if isinstance(coder, str) else count_tokens(coder, texts | LANGUAGES, name)
+        for name, coder in coders.items()
+    }
+    ours = counts["Ours"]
+    assert not isinstance(ours, str)
+    tables = "\n".join(format_comparison(name, counts[name], texts, ours) for name in BASELINES)
+    more = [format_compression(texts | LANGUAGES, counts), format_longest(tokenizer)]
+    if source:
+        more.append(format_unused(tokenizer, source))
+    everything = "\n".join([tables, *more])
+    environment.print0("\n" + everything)
+    get_report().log("Tokenizer evaluation", [everything])
+    return everything
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,25 +3,26 @@
     python -m scripts.tok_train --max_chars=2_000_000_000 --vocab_size=32768
     python -m scripts.tok_train --dataset=tinyworld --max_chars=20_000_000 --vocab_size=4096
 
+    python -m scripts.tok_train --dataset=my_texts --pattern=gpt2
+
 Reads the documents of --dataset in order; writes tokenizer/ in the base directory.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from tqdm import tqdm
 
-from nanochat import runtime
+from nanochat import environment
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.sources import Source, open_source
 from nanochat.report import get_report
-from nanochat.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer
+from nanochat.tokenizer import PATTERNS, Tokenizer, check_vocab_size
 
 # What a lossy tokenizer would trip over.
 ROUND_TRIP_TEXT = """\
@@ -40,16 +41,13 @@ class TokTrainConfig:
     doc_cap: int = flag(10_000, "characters used of each document")
     vocab_size: int = flag(65_536, "ids, the nine special tokens included")
     dataset: str = flag("climbmix", "climbmix, fineweb-edu, tinyworld or a folder of text", new=True)
+    pattern: str = flag("ours", "how a text is cut before merging: ours, gpt2, gpt4 or a regular expression", new=True)
 
     def __post_init__(self) -> None:
         for name in ("max_chars", "doc_cap"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.vocab_size < MIN_VOCAB_SIZE:
-            raise InputError(
-                f"--vocab_size {self.vocab_size} is too small; use {MIN_VOCAB_SIZE} or more "
-                f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
-            )
+        check_vocab_size(self.vocab_size)
 
 
 class Reader:
@@ -77,11 +75,13 @@ class Reader:
                 shown = now
                 done = max(self.num_chars / self.cfg.max_chars, (block + 1) / num_blocks)
                 self._print_progress(done, now - start)
+        if not self.num_chars:
+            raise InputError(f"--dataset {self.cfg.dataset} has no training text; add documents to it")
 
     def _print_progress(self, done: float, seconds: float) -> None:
         million = self.num_chars / 1e6
         eta = seconds * (1 - done) / done
-        runtime.print0(
+        environment.print0(
             f"read {million:,.1f}M characters ({100 * done:.1f}%) | {million / seconds:.1f}M chars/sec | "
             f"eta: {eta / 60:.1f}m"
         )
@@ -96,34 +96,46 @@ def dataset_name(dataset: str) -> str:
 
 def token_bytes_stats(tokenizer: Tokenizer) -> dict[str, Any]:
     """Smallest, largest, mean and sample deviation of the bytes a token stands for; special ones left out."""
-    num_bytes = tokenizer.token_bytes()
-    num_bytes = num_bytes[num_bytes > 0].double()
+    num_bytes = tokenizer.num_bytes()
+    num_bytes = num_bytes[num_bytes > 0]
     return {
         "token_bytes_min": int(num_bytes.min()),
         "token_bytes_max": int(num_bytes.max()),
         "token_bytes_mean": num_bytes.mean().item(),
-        "token_bytes_std": torch.std(num_bytes, correction=1).item(),
+        "token_bytes_std": num_bytes.std(ddof=1).item(),
     }
 
 
+class MergeBar:
+    """Shows how far the merge loop is, its rate and the time left."""
+
+    bar: tqdm | None = None
+
+    def __call__(self, done: int, planned: int) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=planned, desc="merging", unit=" merges", mininterval=0.5)
+        self.bar.update(done - self.bar.n)
+        if done == planned:
+            self.bar.close()
+
+
 def run(cfg: TokTrainConfig) -> Tokenizer:
-    # the merge loop logs each percent
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("rustbpe").setLevel(logging.INFO)
     reader = Reader(open_source(cfg.dataset), cfg)
     start = time.perf_counter()
-    tokenizer = Tokenizer.train_from_iterator(reader, cfg.vocab_size)
+    pattern = PATTERNS.get(cfg.pattern, cfg.pattern)
+    tokenizer = Tokenizer.train_from_iterator(reader, cfg.vocab_size, pattern, MergeBar())
     train_time = time.perf_counter() - start
-    if not reader.num_chars:
-        raise InputError(f"--dataset {cfg.dataset} has no training text; add documents to it")
     if tokenizer.decode(tokenizer.encode(ROUND_TRIP_TEXT)) != ROUND_TRIP_TEXT:
-        raise AssertionError("the trained tokenizer does not give back the text it encoded")
+        raise InputError(
+            f"--pattern {cfg.pattern} leaves out parts of a text; use ours, gpt2, gpt4 or an expression that "
+            "matches every character, say by ending in |(?s:.)"
+        )
 
-    runtime.print0(f"Training time: {train_time:.2f}s for {reader.num_chars:,} characters")
+    environment.print0(f"Training time: {train_time:.2f}s for {reader.num_chars:,} characters")
     vocab_size = tokenizer.get_vocab_size()
-    runtime.print0(f"Vocab size: {vocab_size:,}")
+    environment.print0(f"Vocab size: {vocab_size:,}")
     if vocab_size < cfg.vocab_size:
-        runtime.print0(
+        environment.print0(
             f"Training stopped early: the text has no pair left to merge, so ids end at {vocab_size - 1:,} "
             f"instead of {cfg.vocab_size - 1:,}; more text gives more tokens"
         )
@@ -134,7 +146,7 @@ def run(cfg: TokTrainConfig) -> Tokenizer:
         "characters": reader.num_chars,
         "documents": reader.num_documents,
     }
-    runtime.print0(f"Saved {tokenizer.save(runtime.base_dir() / 'tokenizer')}")
+    environment.print0(f"Saved {tokenizer.save(environment.base_dir() / 'tokenizer')}")
     get_report().log(
         "Tokenizer training",
         [

@@ -16,7 +16,7 @@ import numpy as np
 from nanochat.chat import check_conversation
 from nanochat.config import InputError
 from nanochat.data import hub
-from nanochat.runtime import aqua_dir
+from nanochat.environment import aqua_dir
 from tasks.common import Conversation, Task, gold_letter, render_choices
 
 INSTRUCTION = "Solve this problem. Reason briefly, then finish with a last line `Answer: <letter>`."
@@ -100,7 +100,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def load_rows(split: str, data_dir: str | Path | None) -> Sequence[dict[str, Any]]:
-    """{folder}/{split}.jsonl where the folder is data_dir or runtime.aqua_dir(), else the hub's rows."""
+    """{folder}/{split}.jsonl where the folder is data_dir or environment.aqua_dir(), else the hub's rows."""
     folder = Path(data_dir) if data_dir is not None else aqua_dir()
     if folder is not None:
         path = folder / f"{split}.jsonl"

@@ -6,7 +6,7 @@ from typing import Any
 
 from nanochat.chat import check_conversation
 from nanochat.data import hub
-from nanochat.runtime import hub_dir, print0
+from nanochat.environment import hub_dir, print0
 from tasks.common import Conversation, HubTask
 
 REPO = "HuggingFaceTB/smol-smoltalk"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.config import InputError
-from nanochat.runtime import base_dir, hub_dir, print0
+from nanochat.environment import base_dir, hub_dir, print0
 from tasks.common import Conversation, Task, evaluate_final_answer, evaluate_final_number
 
 WORDS_FILE = "words_alpha.txt"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint, runtime
+from nanochat import checkpoint, environment
 from nanochat.config import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, build_optimizer
@@ -157,7 +157,7 @@ def killed_save(directory: Path, step: int, at_rename: int) -> None:
 
 
 def test_killed_before_the_rename_leaves_the_earlier_checkpoint_the_last(tmp_path):
-    root = runtime.base_dir() / "base_checkpoints" / "d2"
+    root = environment.base_dir() / "base_checkpoints" / "d2"
     save(root, 10)
     killed_save(root, 20, at_rename=0)
     assert any(name.startswith(".staging-") for name in names(root))
@@ -167,7 +167,7 @@ def test_killed_before_the_rename_leaves_the_earlier_checkpoint_the_last(tmp_pat
 
 @pytest.mark.parametrize("at_rename", [0, 1])
 def test_killed_while_replacing_the_same_step_leaves_the_old_one_loadable(tmp_path, at_rename):
-    root = runtime.base_dir() / "base_checkpoints" / "d2"
+    root = environment.base_dir() / "base_checkpoints" / "d2"
     save(root, 10, mark="old")
     killed_save(root, 10, at_rename)
     assert checkpoint.steps(root) == [10]
@@ -197,28 +197,28 @@ def test_a_failing_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_the_deepest_tag_wins_and_the_depth_is_a_number(tmp_path):
-    root = runtime.base_dir() / "base_checkpoints"
+    root = environment.base_dir() / "base_checkpoints"
     for tag in ("d8", "d20", "d4-long", "e99"):
         touch(root / tag / "step_000001")
     assert checkpoint.find("base") == root / "d20" / "step_000001"
 
 
 def test_a_tag_counts_by_the_depth_that_it_starts_with(tmp_path):
-    root = runtime.base_dir() / "base_checkpoints"
+    root = environment.base_dir() / "base_checkpoints"
     for tag in ("d8", "d12_experiment", "old-d26"):
         touch(root / tag / "step_000001")
     assert checkpoint.find("base").parent.name == "d12_experiment"
 
 
 def test_without_depths_the_newest_tag_wins(tmp_path):
-    root = runtime.base_dir() / "mid_checkpoints"
+    root = environment.base_dir() / "mid_checkpoints"
     for tag, mtime in (("zebra", 1_000), ("aqua", 3_000), ("rat", 2_000)):
         touch(root / tag / "step_000001", mtime)
     assert checkpoint.find("mid").parent.name == "aqua"
 
 
 def test_the_last_step_is_the_largest_number_not_the_last_string(tmp_path):
-    root = runtime.base_dir() / "base_checkpoints" / "d4"
+    root = environment.base_dir() / "base_checkpoints" / "d4"
     for step in ("step_999999", "step_1000000", "step_000200"):
         touch(root / step)
     for odd in ("step_2", "step_final", "step_0000300x", ".staging-abc"):
@@ -229,7 +229,7 @@ def test_the_last_step_is_the_largest_number_not_the_last_string(tmp_path):
 
 
 def test_a_tag_without_a_whole_checkpoint_does_not_count(tmp_path):
-    root = runtime.base_dir() / "base_checkpoints"
+    root = environment.base_dir() / "base_checkpoints"
     touch(root / "d4" / "step_000001")
     (root / "d20" / "step_000009").mkdir(parents=True)  # no manifest
     assert checkpoint.find("base").parent.name == "d4"
@@ -245,7 +245,7 @@ def test_no_checkpoint_names_the_stage_that_makes_one(source, command):
 
 
 def test_an_unknown_tag_or_step_is_refused_with_those_there_are(tmp_path):
-    root = runtime.base_dir() / "chatsft_checkpoints"
+    root = environment.base_dir() / "chatsft_checkpoints"
     for tag, step in (("d4", 5), ("d8", 100), ("d8", 200)):
         touch(root / tag / f"step_{step:06d}")
     with pytest.raises(InputError, match=r"no sft checkpoint with tag 'd9' in .*; there are: d4, d8$"):
@@ -297,7 +297,7 @@ def test_a_bf16_checkpoint_loads_as_fp32_on_a_cpu(with_tokenizer):
 def test_another_tokenizer_than_the_one_of_training_is_refused(with_tokenizer):
     save_model(with_tokenizer)
     other = type(with_tokenizer).train_from_iterator(["a quite different text " * 20], 280)
-    other.save(runtime.base_dir() / "tokenizer")
+    other.save(environment.base_dir() / "tokenizer")
     with pytest.raises(InputError, match=r"was trained with another tokenizer.*put that one back"):
         checkpoint.load_model("base", RT)
 

@@ -30,8 +30,8 @@ class Letters:
     def get_bos_token_id(self) -> int:
         return BOS
 
-    def encode(self, texts: Sequence[str], prepend: int, num_threads: int) -> list[list[int]]:
-        return [[prepend, *(ord(c) - 96 for c in text)] for text in texts]
+    def encode_to_arrays(self, texts: Sequence[str], prepend: int, num_threads: int) -> list[np.ndarray]:
+        return [np.array([prepend, *(ord(c) - 96 for c in text)], np.int32) for text in texts]
 
 
 class Texts:
@@ -137,12 +137,12 @@ def test_rows_begin_with_bos_and_hold_each_document_once_from_its_beginning(leng
 
 
 def test_later_passes_show_what_the_first_one_dropped_of_a_long_document() -> None:
-    ids = [BOS, *range(1, 18)]  # 17 tokens of text: pieces of 7, 7 and 3
-    assert window(ids, 0, T).tolist() == ids
+    ids = np.arange(18)  # BOS and 17 tokens of text: pieces of 7, 7 and 3
+    assert window(ids, 0, T).tolist() == ids.tolist()
     assert window(ids, 1, T).tolist() == [BOS, *range(8, 18)]
     assert window(ids, 2, T).tolist() == [BOS, 15, 16, 17]
-    assert window(ids, 3, T).tolist() == ids
-    assert window([BOS, 1, 2], 5, T).tolist() == [BOS, 1, 2]
+    assert window(ids, 3, T).tolist() == ids.tolist()
+    assert window(ids[:3], 5, T).tolist() == [BOS, 1, 2]
     rows = rows_of(itertools.islice(make(Texts([["abcdefghij"]]), batch_size=1, repeat=True), 2))
     assert rows == [[0, 1, 2, 3, 4, 5, 6, 7], [0, 8, 9, 10, -1, -1, -1, -1]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import runtime, tracking
+from nanochat import environment, runtime, tracking
 from nanochat.config import InputError
 from nanochat.runtime import Runtime
 
@@ -91,7 +91,7 @@ def reduce_on(rt: Runtime, folder: Path) -> None:
     x = torch.tensor([1.0, 10.0]) * (rt.rank + 1)
     results = [runtime.all_reduce(x.clone(), op).tolist() for op in ("sum", "max", "mean")]
     (folder / str(rt.rank)).write_text(f"{results} {rt.world_size} {rt.is_master}")
-    runtime.print0(f"rank {rt.rank} speaks")
+    environment.print0(f"rank {rt.rank} speaks")
 
 
 def test_two_ranks_reduce_and_only_the_first_is_master(two_ranks, tmp_path):
@@ -105,44 +105,44 @@ def test_two_ranks_reduce_and_only_the_first_is_master(two_ranks, tmp_path):
 def test_print0_prints_on_the_first_rank_only(monkeypatch, capsys, rank, printed):
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
-    runtime.print0("hello")
+    environment.print0("hello")
     assert capsys.readouterr().out == printed
 
 
 def test_the_base_directory_is_made_on_demand(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "a" / "b"))
-    assert runtime.base_dir() == tmp_path / "a" / "b"
+    assert environment.base_dir() == tmp_path / "a" / "b"
     assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_without_a_setting_the_base_directory_is_in_the_home_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("NANOCHAT_BASE_DIR")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert runtime.base_dir() == tmp_path / ".cache" / "nanochat"
+    assert environment.base_dir() == tmp_path / ".cache" / "nanochat"
 
 
 def test_a_base_directory_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "base"))
     with pytest.raises(InputError, match=r"cannot make the base directory .*file/base: .*set NANOCHAT_BASE_DIR"):
-        runtime.base_dir()
+        environment.base_dir()
 
 
 def test_hub_and_aqua_folders_are_optional_and_must_exist(tmp_path, monkeypatch):
-    assert runtime.hub_dir() is None
-    assert runtime.aqua_dir() is None
+    assert environment.hub_dir() is None
+    assert environment.aqua_dir() is None
     monkeypatch.setenv("NANOCHAT_HUB_DIR", str(tmp_path))
-    assert runtime.hub_dir() == tmp_path
+    assert environment.hub_dir() == tmp_path
     monkeypatch.setenv("NANOCHAT_HUB_DIR", str(tmp_path / "gone"))
     with pytest.raises(InputError, match=r"NANOCHAT_HUB_DIR=.*gone is no folder; unset it or point it at"):
-        runtime.hub_dir()
+        environment.hub_dir()
     (tmp_path / "aqua").mkdir()
-    assert runtime.aqua_dir() == tmp_path / "aqua"
+    assert environment.aqua_dir() == tmp_path / "aqua"
     monkeypatch.setenv("AQUA_DATA_DIR", str(tmp_path))
-    assert runtime.aqua_dir() == tmp_path
+    assert environment.aqua_dir() == tmp_path
     monkeypatch.setenv("NANOCHAT_AQUA_DIR", str(tmp_path / "gone"))
     with pytest.raises(InputError, match="NANOCHAT_AQUA_DIR="):
-        runtime.aqua_dir()
+        environment.aqua_dir()
 
 
 @pytest.mark.parametrize(

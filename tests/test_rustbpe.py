@@ -82,6 +82,7 @@ CHARACTERS = st.characters(exclude_categories=["Cs", "Cn"])
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(CHARACTERS, max_size=20) | st.text("ab 1\n", max_size=40)))
 def test_any_texts_equal_the_plain_trainer_and_tiktoken_and_decode_back(texts):
+    texts = ["a", *texts]  # some text is needed
     fast = trained(texts, 300, pattern=SPLIT_PATTERN)
     tokens = tokens_of(fast)
     assert tokens == train_plainly(texts, 300, SPLIT_PATTERN)
@@ -125,16 +126,20 @@ def test_any_other_pattern_is_used_as_given():
 
 def test_training_stops_when_no_pair_is_left():
     assert trained(["abc"], 1000).vocab_size == 258
-    assert trained([], 1000).vocab_size == 256
 
 
 @pytest.mark.parametrize(
     ("texts", "kwargs", "error", "message"),
     [
         ([], {"vocab_size": 255}, ValueError, "255 is below"),
+        ([], {"vocab_size": 2**31 + 1}, ValueError, "2147483649 is above"),
+        ([], {"vocab_size": 2**40}, ValueError, "1099511627776 is above"),
+        ([], {"vocab_size": 300}, ValueError, "gave no text"),
+        (["", ""], {"vocab_size": 300}, ValueError, "gave no text"),
+        (["a", "b\ud800"], {"vocab_size": 300}, ValueError, "text 1 has half a surrogate pair"),
         ([], {"vocab_size": 300, "buffer_size": 0}, ValueError, "buffer_size is 0"),
         ([], {"vocab_size": 300, "pattern": "("}, ValueError, "no regular expression"),
-        (["a", 5], {"vocab_size": 300}, TypeError, "must yield str"),
+        (["a", 5], {"vocab_size": 300}, TypeError, "must yield str, but item 1 is <class 'int'>"),
         ([" " * 2_000_000 + "x"], {"vocab_size": 300, "pattern": r"\s+(?!\S)|\S"}, ValueError, "crop"),
     ],
 )
@@ -159,9 +164,54 @@ def test_an_unknown_id_is_a_key_error_with_the_known_range():
         rustbpe.Tokenizer().decode([97, 256])
 
 
-def test_a_lone_surrogate_trains_and_encodes_as_the_replacement_character():
-    tokenizer = trained(["\ud800"], 300)
-    assert tokenizer.decode(tokenizer.encode("a\ud800")) == "a\ufffd"
+def test_half_a_surrogate_pair_is_no_text():
+    with pytest.raises(ValueError, match="text 0 has half a surrogate pair"):
+        rustbpe.Tokenizer().encode("a\ud800")
+    with pytest.raises(ValueError, match="text 1 has half a surrogate pair"):
+        rustbpe.Tokenizer().batch_encode(["a", "\udfff"])
+
+
+def test_merges_or_tokens_alone_make_the_same_tokenizer_again():
+    first = trained([ALL_TEXT], 700, pattern=SPLIT_PATTERN)
+    by_merges = rustbpe.Tokenizer.from_merges(SPLIT_PATTERN, bytes(range(256)), first.get_merges())
+    by_tokens = rustbpe.Tokenizer.from_tokens(SPLIT_PATTERN, tokens_of(first))
+    for other in (by_merges, by_tokens):
+        assert tokens_of(other) == tokens_of(first)
+        assert other.get_merges() == first.get_merges()
+        assert other.encode(ALL_TEXT) == first.encode(ALL_TEXT)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rustbpe.Tokenizer.from_tokens(".", [b"a"]), "256 single bytes"),
+        (
+            lambda: rustbpe.Tokenizer.from_tokens(".", [*map(lambda i: bytes([i]), range(256)), b"abc"]),
+            "two tokens before",
+        ),
+        (lambda: rustbpe.Tokenizer.from_merges(".", bytes(256), b""), "256 single bytes"),
+        (lambda: rustbpe.Tokenizer.from_merges(".", bytes(range(256)), bytes([0, 1, 0, 0] * 2)), "cannot be the merge"),
+        (lambda: rustbpe.Tokenizer.from_merges("(", bytes(range(256)), b""), "no regular expression"),
+    ],
+)
+def test_what_is_no_vocabulary_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_progress_is_told_up_to_the_last_merge():
+    calls = []
+    trained([ALL_TEXT], 456, progress=lambda done, planned: calls.append((done, planned)))
+    assert calls[-1] == (200, 200)
+    assert calls == sorted(set(calls))
+
+
+def test_an_error_in_progress_comes_out_of_training():
+    def progress(done, planned):
+        raise RuntimeError("the terminal is gone")
+
+    with pytest.raises(RuntimeError, match="the terminal is gone"):
+        trained([ALL_TEXT], 456, progress=progress)
 
 
 def test_bytes_that_are_no_utf8_decode_to_the_replacement_character():

@@ -6,10 +6,11 @@ import sys
 import time
 
 import pytest
+import tiktoken
 
 from nanochat.config import InputError
-from nanochat.tok_eval_texts import TEXTS
-from nanochat.tokenizer import Tokenizer, get_tokenizer
+from nanochat.tok_eval_texts import LANGUAGES, TEXTS
+from nanochat.tokenizer import PATTERNS, Tokenizer, get_tokenizer
 from scripts import tok_eval, tok_train
 
 DOCUMENTS = [f"Document {i}: the cat sat on mat number {i * i}. It's a 한국어 day!" for i in range(100)]
@@ -97,7 +98,7 @@ def test_the_report_section_has_the_keys_of_the_reference_then_the_new_ones(base
     assert keys == [
         *["max_chars", "doc_cap", "vocab_size", "train_time", "num_special_tokens"],
         *["token_bytes_min", "token_bytes_max", "token_bytes_mean", "token_bytes_std"],
-        *["dataset", "characters read", "documents read", "ids in use", "fingerprint"],
+        *["dataset", "pattern", "characters read", "documents read", "ids in use", "fingerprint"],
     ]
     assert "- max_chars: 5,000,000" in lines
     assert "- num_special_tokens: 9" in lines
@@ -105,13 +106,13 @@ def test_the_report_section_has_the_keys_of_the_reference_then_the_new_ones(base
 
 
 def test_token_bytes_statistics_leave_special_tokens_out():
-    tokenizer = Tokenizer.from_ranks([bytes([byte]) for byte in range(256)] + [b"abcde"])
-    # 256 ones and a five: mean 261/257; sample variance ((5 - mean)^2 + 256 (1 - mean)^2) / 256
+    tokenizer = Tokenizer.from_ranks([bytes([byte]) for byte in range(256)] + [b"ab"])
+    # 256 ones and a two: mean 258/257; sample variance ((2 - mean)^2 + 256 (1 - mean)^2) / 256
     assert tok_train.token_bytes_stats(tokenizer) == {
         "token_bytes_min": 1,
-        "token_bytes_max": 5,
-        "token_bytes_mean": pytest.approx(261 / 257),
-        "token_bytes_std": pytest.approx(4 / 257**0.5),
+        "token_bytes_max": 2,
+        "token_bytes_mean": pytest.approx(258 / 257),
+        "token_bytes_std": pytest.approx(1 / 257**0.5),
     }
 
 
@@ -124,7 +125,8 @@ def test_a_vocabulary_that_stays_smaller_is_said_so(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--vocab_size=264"], "--vocab_size 264 is too small; use 265 or more"),
+        (["--vocab_size=264"], "--vocab_size 264 must lie between 265"),
+        (["--vocab_size=2147483649"], "--vocab_size 2147483649 must lie between 265"),
         (["--max_chars=0"], "--max_chars 0 must be at least 1"),
         (["--doc-cap", "0"], "--doc_cap 0 must be at least 1"),
     ],
@@ -141,6 +143,38 @@ def test_a_source_without_text_is_refused_and_nothing_is_saved(base_dir, monkeyp
     with pytest.raises(InputError, match="--dataset shelf has no training text"):
         train()
     assert not (base_dir / "tokenizer").exists()
+
+
+def test_the_text_is_cut_by_the_pattern_that_was_asked_for():
+    assert train(pattern="gpt4").bpe.get_pattern() == PATTERNS["gpt4"]
+    assert get_tokenizer().bpe.get_pattern() == PATTERNS["gpt4"]
+    letters = r"\p{L}|\P{L}+"
+    tokens = [token for token, _ in train(pattern=letters).bpe.get_mergeable_ranks()]
+    assert not any(len(token) > 1 and token.isalpha() for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("(", "is no regular expression"), (r"\w+", r"--pattern \\w\+ leaves out parts of a text")],
+)
+def test_a_pattern_that_cannot_be_used_is_refused_and_nothing_is_saved(base_dir, pattern, message):
+    with pytest.raises(InputError, match=message):
+        train(pattern=pattern)
+    assert not (base_dir / "tokenizer").exists()
+
+
+def test_the_longest_tokens_and_those_never_used_are_told(base_dir, monkeypatch):
+    monkeypatch.setattr(tok_eval, "fetch", lambda names: dict.fromkeys(names, "no network"))
+    train()
+    section = tok_eval.run(tok_eval.TokEvalConfig())
+    assert "### The 20 longest tokens\n\n- " in section
+    used = {i for text in DOCUMENTS[90:] for i in get_tokenizer().encode(text)}
+    size = sum(len(text.encode()) for text in DOCUMENTS[90:])
+    unused = 351 - len(used)
+    share = (
+        f"- {100 * unused / 351:.1f}% of the vocabulary ({unused} of 351 tokens) in {size:,} bytes of validation text"
+    )
+    assert share in section
 
 
 def test_a_folder_is_noted_by_its_absolute_path(tmp_path, monkeypatch):
@@ -178,7 +212,7 @@ def test_the_five_texts_are_about_as_long_as_those_of_the_reference():
     [("fineweb-edu", "fwe"), ("climbmix", "climbmix"), ("tinyworld", "tinyworld"), ("/data/my-books", "my-books")],
 )
 def test_the_last_two_rows_are_the_first_block_of_each_split(dataset, prefix):
-    texts = tok_eval.data_texts(dataset)
+    texts = tok_eval.data_texts(Shelf(), dataset)
     assert texts == {
         f"{prefix}-train": "\n".join(DOCUMENTS[:50]),
         f"{prefix}-val": "\n".join(DOCUMENTS[90:]),
@@ -186,13 +220,14 @@ def test_the_last_two_rows_are_the_first_block_of_each_split(dataset, prefix):
 
 
 def test_tok_eval_reports_seven_rows_for_each_baseline(base_dir, monkeypatch, capsys):
-    bytes_only = Tokenizer.from_ranks([bytes([byte]) for byte in range(256)])
+    bytes_only = tok_eval.Coder(265, lambda text: list(text.encode()), bytes)
     monkeypatch.setattr(tok_eval, "fetch", lambda names: dict.fromkeys(names, bytes_only))
     ours = train()
     tok_eval.main([])
     section = (base_dir / "report" / "tokenizer-evaluation.md").read_text(encoding="utf-8")
     names = re.findall(r"^\| (\S+) \| \d", section, re.MULTILINE)
-    assert names == ["news", "korean", "code", "math", "science", "shelf-train", "shelf-val"] * 2
+    seven = ["news", "korean", "code", "math", "science", "shelf-train", "shelf-val"]
+    assert names == [*seven, *seven, *seven, *LANGUAGES]
     num_bytes = len(TEXTS["news"].encode())
     row = str(tok_eval.Row("news", num_bytes, num_bytes, len(ours.encode(TEXTS["news"]))))
     assert section.count(row) == 2
@@ -203,7 +238,7 @@ def test_without_the_vocabularies_the_report_says_so_and_the_stage_goes_on(base_
     def no_network(name):
         raise InputError(f"tiktoken cannot give {name}: no route\nto host")
 
-    monkeypatch.setattr(Tokenizer, "from_pretrained", no_network)
+    monkeypatch.setattr(tok_eval, "get_tiktoken", no_network)
     train()
     tok_eval.main([])
     section = (base_dir / "report" / "tokenizer-evaluation.md").read_text(encoding="utf-8")
@@ -212,19 +247,23 @@ def test_without_the_vocabularies_the_report_says_so_and_the_stage_goes_on(base_
 
 
 def test_a_vocabulary_that_does_not_arrive_is_not_waited_for(monkeypatch):
+    bytes_only = tiktoken.Encoding(
+        "bytes", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
+    )
+
     def slow_network(name):
         if name == "cl100k_base":
             time.sleep(0.5)
-        return name
+        return bytes_only
 
-    monkeypatch.setattr(Tokenizer, "from_pretrained", slow_network)
+    monkeypatch.setattr(tok_eval, "get_tiktoken", slow_network)
     found = tok_eval.fetch({"GPT-2": "gpt2", "GPT-4": "cl100k_base"}, seconds=0.1)
-    assert found == {"GPT-2": "gpt2", "GPT-4": "its vocabulary did not arrive within 0.1 s"}
+    assert found["GPT-2"].vocab_size == 256
+    assert found["GPT-4"] == "its vocabulary did not arrive within 0.1 s"
 
 
-def test_a_tokenizer_that_loses_text_is_refused(monkeypatch):
-    lossy = Tokenizer.from_ranks([bytes([byte]) for byte in range(256)])
-    monkeypatch.setattr(lossy, "decode_bytes", lambda ids: b"?")
+def test_a_tokenizer_that_loses_text_is_refused():
+    lossy = tok_eval.Coder(1, lambda text: [0], lambda ids: b"?")
     with pytest.raises(InputError, match="the trained tokenizer does not give back the text 'news'"):
         tok_eval.count_tokens(lossy, {"news": "text"}, "trained")
 

@@ -1,6 +1,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -49,7 +50,7 @@ def test_a_text_without_pairs_left_gives_a_smaller_vocabulary_without_gaps():
 
 def test_a_vocabulary_without_room_for_bytes_and_special_tokens_is_refused():
     assert Tokenizer.train_from_iterator(["ab"], 265).get_vocab_size() == 265
-    with pytest.raises(InputError, match="264 is too small; 265 is the least"):
+    with pytest.raises(InputError, match="264 must lie between 265"):
         Tokenizer.train_from_iterator(["ab"], 264)
 
 
@@ -85,6 +86,51 @@ def test_two_million_spaces_encode_and_come_back(tokenizer):
     assert tokenizer.encode([text, "b"]) == [tokenizer.encode(text), tokenizer.encode("b")]
 
 
+@pytest.mark.parametrize("text", ["a", " ", "\n", "😀", "e\u0301", "\u0301", "日", "1", ".", "ab", " \n"])
+def test_a_megabyte_of_one_thing_encodes_and_comes_back(tokenizer, text):
+    text *= 1_000_000 // len(text.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_arrays_hold_the_ids_of_each_text(tokenizer):
+    texts = [HARD_TEXT, "", "ab", *TRAINING_TEXTS]
+    for prepend in (None, 591):
+        arrays = tokenizer.encode_to_arrays(texts, prepend)
+        assert [a.tolist() for a in arrays] == tokenizer.encode(texts, prepend=prepend)
+        assert {a.dtype for a in arrays} == {np.dtype(np.int32)}
+    assert tokenizer.encode_to_arrays([]) == []
+    assert [a.tolist() for a in tokenizer.encode_to_arrays([""])] == [[]]
+
+
+def test_half_a_surrogate_pair_is_refused_with_its_place(tokenizer):
+    for encode in (tokenizer.encode, tokenizer.encode_to_arrays):
+        with pytest.raises(InputError, match=r"text 1 has half a surrogate pair.*position 2.*replace it"):
+            encode(["ok", "ab\ud800"])
+    with pytest.raises(InputError, match="half a surrogate pair"):
+        Tokenizer.train_from_iterator(["\udc00"], 300)
+
+
+def test_an_unknown_id_is_a_key_error_with_the_known_range(tokenizer):
+    for i in (600, -1):
+        with pytest.raises(KeyError, match=rf"token id {i} is not in the vocabulary \(ids 0 to 599\)"):
+            tokenizer.decode([97, i])
+
+
+def test_no_text_is_refused():
+    for texts in ([], [""]):
+        with pytest.raises(InputError, match="gave no text"):
+            Tokenizer.train_from_iterator(texts, 300)
+
+
+def test_special_tokens_must_have_ids_of_their_own():
+    bytes_only = rustbpe.Tokenizer()
+    for special in ({"<|bos|>": 255}, {"<|bos|>": 256, "<|end|>": 256}):
+        with pytest.raises(InputError, match="ids of their own from 256 on"):
+            Tokenizer(bytes_only, special, "<|bos|>")
+    with pytest.raises(InputError, match="'<|bos|>' is not among".replace("|", r"\|")):
+        Tokenizer(bytes_only, {"<|end|>": 256}, "<|bos|>")
+
+
 def test_half_a_character_decodes_to_the_replacement_character():
     assert byte_tokenizer().decode([0xE2, 0x82]) == "\ufffd"
     assert byte_tokenizer().decode_bytes([0xE2, 0x82]) == b"\xe2\x82"
@@ -103,7 +149,7 @@ def test_bytes_of_ids_add_up_to_the_bytes_of_the_text(tokenizer):
 
 
 def test_save_and_load_give_the_same_tokenizer(tokenizer, tmp_path):
-    named = Tokenizer(tokenizer.encoding, "<|bos|>", {"dataset": "tinyworld"})
+    named = Tokenizer(tokenizer.bpe, tokenizer.special_tokens, "<|bos|>", {"dataset": "tinyworld"})
     named.save(tmp_path)
     loaded = Tokenizer.from_directory(tmp_path)
     assert loaded.encode(HARD_TEXT) == tokenizer.encode(HARD_TEXT)
@@ -117,7 +163,7 @@ def test_save_and_load_give_the_same_tokenizer(tokenizer, tmp_path):
 def test_the_fingerprint_tells_vocabularies_apart_but_not_their_notes(tokenizer):
     other = Tokenizer.train_from_iterator(TRAINING_TEXTS, 599)
     assert len({tokenizer.fingerprint, other.fingerprint, byte_tokenizer().fingerprint}) == 3
-    assert Tokenizer(tokenizer.encoding, "<|bos|>", {"a": 1}).fingerprint == tokenizer.fingerprint
+    assert Tokenizer(tokenizer.bpe, tokenizer.special_tokens, "<|bos|>", {"a": 1}).fingerprint == tokenizer.fingerprint
 
 
 def test_get_tokenizer_reads_the_base_directory(tokenizer, tmp_path, monkeypatch):
@@ -129,8 +175,12 @@ def test_get_tokenizer_reads_the_base_directory(tokenizer, tmp_path, monkeypatch
     assert get_tokenizer(tmp_path / "tokenizer").fingerprint == tokenizer.fingerprint
 
 
-def damage_token(record):
-    record["tokens"][300] = record["tokens"][299]
+def damage_merge(record):
+    record["merges"][300] += 1
+
+
+def drop_merge(record):
+    del record["merges"][-1]
 
 
 def damage_note(record):
@@ -141,7 +191,7 @@ def drop_pattern(record):
     del record["pattern"]
 
 
-@pytest.mark.parametrize("damage", [damage_token, damage_note, drop_pattern])
+@pytest.mark.parametrize("damage", [damage_merge, drop_merge, damage_note, drop_pattern])
 def test_a_changed_file_is_refused(tokenizer, tmp_path, damage):
     path = tokenizer.save(tmp_path)
     record = json.loads(path.read_text())
@@ -154,6 +204,13 @@ def test_a_changed_file_is_refused(tokenizer, tmp_path, damage):
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"format": "nanochat-tokenizer-1"'])
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
     (tmp_path / FILE_NAME).write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_a_truncated_file_is_refused(tokenizer, tmp_path):
+    path = tokenizer.save(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(InputError, match="is damaged"):
         Tokenizer.from_directory(tmp_path)
 

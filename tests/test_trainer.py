@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanochat import checkpoint, runtime
+from nanochat import checkpoint, environment, runtime
 from nanochat.config import InputError
 from nanochat.gpt import GPT
 from nanochat.optim import build_optimizer
@@ -299,7 +299,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(tmp_path):
 
 def test_the_curve_holds_every_step_counted_from_1(tmp_path):
     make_trainer(tmp_path / "d2", steps=3).run()
-    lines = (runtime.base_dir() / "report" / "curves" / "base.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (environment.base_dir() / "report" / "curves" / "base.jsonl").read_text(encoding="utf-8").splitlines()
     points = [json.loads(line) for line in lines]
     assert [p["step"] for p in points] == [1, 2, 3]
     assert {"loss", "lrm", "dt", "tok_per_sec", "mfu"} <= points[0].keys()

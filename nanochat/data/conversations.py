@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,8 +86,8 @@ class _Blocks:
     def get_bos_token_id(self) -> int:
         return self.tokenizer.get_bos_token_id()
 
-    def encode(self, conversations: list[Any], prepend: int, num_threads: int) -> list[list[int]]:
-        return [self.tokenizer.render_conversation(c, WHOLE)[0] for c in conversations]
+    def encode_to_arrays(self, conversations: list[Any], prepend: int, num_threads: int) -> list[np.ndarray]:
+        return [np.array(self.tokenizer.render_conversation(c, WHOLE)[0], np.int32) for c in conversations]
 
 
 class PackedConversations(PackingLoader):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.config import InputError
-from nanochat.runtime import base_dir, hub_dir
+from nanochat.environment import base_dir, hub_dir
 
 
 class Rows(Sequence[dict[str, Any]]):

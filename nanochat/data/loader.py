@@ -65,13 +65,12 @@ def pack(documents: Sequence[np.ndarray], capacity: int) -> np.ndarray:
     return rows
 
 
-def window(ids: list[int], epoch: int, sequence_len: int) -> np.ndarray:
-    """A document as pass `epoch` (from 0) sees it: whole, unless it is longer than a row.
+def window(document: np.ndarray, epoch: int, sequence_len: int) -> np.ndarray:
+    """A document (BOS first) as pass `epoch` (from 0) sees it: whole, unless it is longer than a row.
 
     Then BOS and its text from the `epoch`-th multiple of T on (mod its length): the first pass crops the end
     off, and later passes over a small text show what earlier ones dropped.
     """
-    document = np.asarray(ids, np.int32)
     if len(document) <= sequence_len + 1 or epoch == 0:
         return document
     start = 1 + sequence_len * (epoch % -(-(len(document) - 1) // sequence_len))
@@ -95,7 +94,7 @@ def packed_units(
             first, documents, total = block, [], 0
             while block < num_blocks and total < MIN_ROWS * capacity:
                 texts = source.read_block(split, block)
-                ids = tokenizer.encode(texts, prepend=bos, num_threads=ENCODE_THREADS) if texts else []
+                ids = tokenizer.encode_to_arrays(texts, prepend=bos, num_threads=ENCODE_THREADS)
                 documents += [window(doc, epoch, sequence_len) for doc in ids if len(doc) > 1]
                 total = sum(min(len(doc), capacity) for doc in documents)
                 block += 1

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from nanochat.config import InputError
 from nanochat.data.textfiles import BLOCK_DOCUMENTS, TEXT_SUFFIXES, TextFiles, hash_cut, text_hash
-from nanochat.runtime import base_dir, hub_dir
+from nanochat.environment import base_dir, hub_dir
 
 SPLITS = ("train", "val")
 

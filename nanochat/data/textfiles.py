@@ -69,7 +69,8 @@ def _jsonl_text(line: bytes, where: str) -> str:
     if not isinstance(text, str):
         found = f"keys {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
         raise InputError(f'{where} has no string under "text" ({found}); write {{"text": "..."}}')
-    return text
+    # JSON may hold half a surrogate pair, which is no character: U+FFFD takes its place
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def cut_text(raw: bytes) -> list[Piece]:

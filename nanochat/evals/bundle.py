@@ -23,7 +23,8 @@ import yaml
 from filelock import FileLock
 
 from nanochat.config import InputError
-from nanochat.runtime import barrier, base_dir, hub_dir, print0
+from nanochat.environment import base_dir, hub_dir, print0
+from nanochat.runtime import barrier
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # about 162 MB
 CORE_LABELS = (

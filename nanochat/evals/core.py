@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from nanochat.environment import print0
 from nanochat.evals.bundle import Bundle, CoreTask
-from nanochat.runtime import Runtime, all_reduce, print0
+from nanochat.runtime import Runtime, all_reduce
 
 # logits of one batch, in elements: 1 GiB of fp32 on a GPU, 128 MiB elsewhere
 MAX_LOGITS = {"cuda": 2**28}

@@ -1,142 +1,152 @@
 //! From texts to counted chunks.
 
-use rayon::prelude::*;
+use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{available_parallelism, JoinHandle};
+
 use rustc_hash::FxHashMap;
 
-use crate::BpeError;
+use crate::short::Short;
+use crate::{BpeError, Splitter};
 
-/// Used when no pattern is given: GPT-4's split, digits in groups of at most three.
-pub const DEFAULT_PATTERN: &str = concat!(
-    r"'(?i:[sdmt]|ll|ve|re)",
-    r"|[^\r\n\p{L}\p{N}]?+\p{L}+",
-    r"|\p{N}{1,3}",
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*",
-    r"|\s*[\r\n]",
-    r"|\s+(?!\S)",
-    r"|\s+",
-);
-
-/// What surrounds the digit group's quantifier in GPT-4-like patterns.
-const GPT4_HEAD: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}";
-const GPT4_TAIL: &str = r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
-
-/// Cuts a text into chunks; no merge ever crosses a chunk's border.
-#[derive(Debug, Clone)]
-pub struct Splitter {
-    pattern: String,
-    engine: Engine,
-}
-
-#[derive(Debug, Clone)]
-enum Engine {
-    /// Any pattern, by backtracking.
-    Backtracking(fancy_regex::Regex),
-    /// GPT-4-like patterns by a finite automaton, two to three times as fast and without a limit on white space.
-    /// See `linear_form`.
-    Linear(regex::Regex),
-}
-
-impl Splitter {
-    /// Errors: `BadPattern`.
-    pub fn new(pattern: &str) -> Result<Self, BpeError> {
-        let bad = |reason: String| BpeError::BadPattern { pattern: pattern.to_owned(), reason };
-        let engine = match linear_form(pattern) {
-            Some(linear) => Engine::Linear(regex::Regex::new(&linear).map_err(|e| bad(e.to_string()))?),
-            None => Engine::Backtracking(fancy_regex::Regex::new(pattern).map_err(|e| bad(e.to_string()))?),
-        };
-        Ok(Self { pattern: pattern.to_owned(), engine })
-    }
-
-    pub fn pattern(&self) -> &str {
-        &self.pattern
-    }
-
-    /// Give every chunk of `text` to `visit`, left to right. Errors: `Split` when backtracking gives up.
-    pub fn split<'t>(&self, text: &'t str, mut visit: impl FnMut(&'t str)) -> Result<(), BpeError> {
-        match &self.engine {
-            Engine::Backtracking(regex) => {
-                for found in regex.find_iter(text) {
-                    let chunk = found.map_err(|e| BpeError::Split { reason: e.to_string() })?;
-                    visit(chunk.as_str());
-                }
-            }
-            Engine::Linear(regex) => {
-                let mut start = 0;
-                while let Some(found) = regex.find_at(text, start) {
-                    let chunk = without_last_space(found.as_str(), found.end() == text.len());
-                    visit(chunk);
-                    start = found.start() + chunk.len();
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A GPT-4-like pattern without what needs backtracking; None for any other pattern.
-///
-/// The possessive quantifiers go: what follows them can match nothing that they gave back. `\s+(?!\S)` goes too:
-/// it only keeps the last of several spaces for the word after them, which `without_last_space` does.
-fn linear_form(pattern: &str) -> Option<String> {
-    let digits = pattern.strip_prefix(GPT4_HEAD)?.strip_suffix(GPT4_TAIL)?;
-    let is_quantifier = digits.starts_with("{1,") && digits.ends_with('}') && digits.len() <= 5;
-    let linear = |part: &str| part.replace("?+", "?").replace("++", "+").replace(r"|\s+(?!\S)", "");
-    is_quantifier.then(|| linear(GPT4_HEAD) + digits + &linear(GPT4_TAIL))
-}
-
-/// A run of several spaces before a word leaves its last one to the word. Only the last alternative, `\s+`, ends
-/// in white space other than a line break.
-fn without_last_space(chunk: &str, is_last: bool) -> &str {
-    match chunk.char_indices().next_back() {
-        Some((at, c)) if at > 0 && !is_last && c.is_whitespace() && c != '\r' && c != '\n' => &chunk[..at],
-        _ => chunk,
-    }
-}
+/// One reader cannot feed more, and each has counts of its own.
+const MAX_WORKERS: usize = 16;
 
 /// How often each distinct chunk was seen. 64 bits: the chunk " the" passes 2^31 in a web-sized corpus.
 #[derive(Debug, Default)]
-pub struct ChunkCounts(FxHashMap<Box<str>, u64>);
+pub struct ChunkCounts {
+    /// Nearly all chunks: equal keys are found without looking at text elsewhere in memory.
+    short: FxHashMap<Short, u64>,
+    long: FxHashMap<Box<[u8]>, u64>,
+}
 
 impl ChunkCounts {
-    /// Count the chunks of many texts on all cores. The result does not depend on how texts are batched.
-    pub fn add(&mut self, splitter: &Splitter, texts: &[String]) -> Result<(), BpeError> {
-        let counted = texts
-            .par_iter()
-            .try_fold(FxHashMap::default, |mut counts: FxHashMap<&str, u64>, text| {
-                splitter.split(text, |chunk| *counts.entry(chunk).or_default() += 1)?;
-                Ok(counts)
-            })
-            .try_reduce(FxHashMap::default, |a, b| Ok(merged(a, b)))?;
-        for (chunk, count) in counted {
-            match self.0.get_mut(chunk) {
-                Some(total) => *total += count,
-                None => {
-                    self.0.insert(chunk.into(), count);
-                }
-            }
+    /// Errors: `Split`.
+    pub fn add(&mut self, splitter: &Splitter, text: &str) -> Result<(), BpeError> {
+        let bytes = text.as_bytes();
+        splitter.split(text, |start, end| match Short::within(bytes, start, end) {
+            Some(short) => *self.short.entry(short).or_default() += 1,
+            None => self.add_long(&bytes[start..end], 1),
+        })
+    }
+
+    /// Add one chunk that was seen `count` times.
+    pub fn add_chunk(&mut self, chunk: &[u8], count: u64) {
+        match Short::new(chunk) {
+            Some(short) => *self.short.entry(short).or_default() += count,
+            None => self.add_long(chunk, count),
         }
-        Ok(())
+    }
+
+    fn add_long(&mut self, chunk: &[u8], count: u64) {
+        match self.long.get_mut(chunk) {
+            Some(total) => *total += count,
+            None => drop(self.long.insert(chunk.into(), count)),
+        }
+    }
+
+    /// The sum of both; the smaller is poured into the larger.
+    fn merged(self, other: Self) -> Self {
+        let (mut large, small) = if self.len() >= other.len() { (self, other) } else { (other, self) };
+        for (chunk, count) in small.short {
+            *large.short.entry(chunk).or_default() += count;
+        }
+        for (chunk, count) in small.long {
+            *large.long.entry(chunk).or_default() += count;
+        }
+        large
     }
 
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.short.len() + self.long.len()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.len() == 0
     }
 
-    /// (bytes of the chunk, its count), in no particular order.
-    pub fn iter(&self) -> impl Iterator<Item = (&[u8], u64)> {
-        self.0.iter().map(|(chunk, &count)| (chunk.as_bytes(), count))
+    /// Give the bytes of every distinct chunk and its count to `visit`, in no particular order.
+    pub fn for_each(&self, mut visit: impl FnMut(&[u8], u64)) {
+        for (chunk, &count) in &self.short {
+            visit(&chunk.to_array()[..chunk.len()], count);
+        }
+        for (chunk, &count) in &self.long {
+            visit(chunk, count);
+        }
     }
 }
 
-/// The sum of two maps; the smaller one is poured into the larger.
-fn merged<'t>(a: FxHashMap<&'t str, u64>, b: FxHashMap<&'t str, u64>) -> FxHashMap<&'t str, u64> {
-    let (mut large, small) = if a.len() >= b.len() { (a, b) } else { (b, a) };
-    for (chunk, count) in small {
-        *large.entry(chunk).or_default() += count;
+/// Many texts end to end.
+#[derive(Debug, Default)]
+pub struct Batch {
+    text: String,
+    ends: Vec<usize>,
+}
+
+impl Batch {
+    pub fn push(&mut self, text: &str) {
+        self.text.push_str(text);
+        self.ends.push(self.text.len());
     }
-    large
+
+    pub fn num_texts(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub fn num_bytes(&self) -> usize {
+        self.text.len()
+    }
+
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        starts.zip(&self.ends).map(|(start, &end)| &self.text[start..end])
+    }
+}
+
+/// Counts on all cores while more texts are read. The result does not depend on how texts are batched.
+pub struct Counter {
+    sender: SyncSender<Batch>,
+    workers: Vec<JoinHandle<Result<ChunkCounts, BpeError>>>,
+}
+
+impl Counter {
+    pub fn new(splitter: &Splitter) -> Self {
+        let num_workers = available_parallelism().map_or(1, |n| n.get().min(MAX_WORKERS));
+        let (sender, receiver) = sync_channel(1);
+        let receiver = Arc::new(Mutex::new(receiver));
+        let work = || {
+            let (splitter, receiver) = (splitter.clone(), receiver.clone());
+            std::thread::spawn(move || count_batches(&splitter, &receiver))
+        };
+        Self { sender, workers: (0..num_workers).map(|_| work()).collect() }
+    }
+
+    /// Hand a batch over; waits while all workers are busy. False: they have all failed, and `finish` says why.
+    pub fn send(&self, batch: Batch) -> bool {
+        self.sender.send(batch).is_ok()
+    }
+
+    /// Wait for the workers. Errors: `Split`.
+    pub fn finish(self) -> Result<ChunkCounts, BpeError> {
+        drop(self.sender);
+        let mut total = ChunkCounts::default();
+        for worker in self.workers {
+            match worker.join() {
+                Ok(counts) => total = total.merged(counts?),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        Ok(total)
+    }
+}
+
+fn count_batches(splitter: &Splitter, receiver: &Mutex<Receiver<Batch>>) -> Result<ChunkCounts, BpeError> {
+    let mut counts = ChunkCounts::default();
+    loop {
+        let received = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(batch) = received else { return Ok(counts) };
+        for text in batch.texts() {
+            counts.add(splitter, text)?;
+        }
+    }
 }

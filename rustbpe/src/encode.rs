@@ -1,105 +1,98 @@
-//! Applying merges.
+//! From texts to ids.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::available_parallelism;
 
-use rustc_hash::FxHashMap;
+use crate::short::Short;
+use crate::{BpeError, Splitter, Vocab};
 
-use crate::{BpeError, Pair, NUM_BYTES};
+const CACHE_BITS: u32 = 13;
+const CACHED_IDS: usize = 6;
+/// A shorter text has few words twice: it is not worth the cache.
+const MIN_CACHED_TEXT: usize = 2048; // bytes
 
-/// A trained vocabulary: bytes, then merges in the order they were learned.
-#[derive(Debug, Clone)]
-pub struct Vocab {
-    ids: FxHashMap<Pair, u32>,
-    tokens: Vec<Vec<u8>>,
+/// Encodes one text after the other, and remembers the chunks it met: most of a text is words seen before.
+pub struct Encoder<'v> {
+    splitter: &'v Splitter,
+    vocab: &'v Vocab,
+    cache: Vec<Cached>,
+    failed: Vec<bool>,
 }
 
-impl Default for Vocab {
-    fn default() -> Self {
-        Self { ids: FxHashMap::default(), tokens: (0..=u8::MAX).map(|byte| vec![byte]).collect() }
+/// A chunk and its ids; no ids = an empty place.
+#[derive(Clone, Copy, Default)]
+struct Cached {
+    chunk: Short,
+    len: u32,
+    ids: [u32; CACHED_IDS],
+}
+
+impl<'v> Encoder<'v> {
+    pub fn new(splitter: &'v Splitter, vocab: &'v Vocab) -> Self {
+        Self { splitter, vocab, cache: Vec::new(), failed: Vec::new() }
+    }
+
+    /// Append the ids of `text`. Errors: `Split`.
+    pub fn encode(&mut self, text: &str, out: &mut Vec<u32>) -> Result<(), BpeError> {
+        let Self { splitter, vocab, cache, failed } = self;
+        if cache.is_empty() && text.len() >= MIN_CACHED_TEXT {
+            *cache = vec![Cached::default(); 1 << CACHE_BITS];
+        }
+        let bytes = text.as_bytes();
+        splitter.split(text, |start, end| {
+            let chunk = Short::within(bytes, start, end);
+            let place = chunk.and_then(|chunk| Some((chunk, cache.get_mut(chunk.slot(CACHE_BITS))?)));
+            let Some((chunk, cached)) = place else {
+                return vocab.encode_chunk(&bytes[start..end], failed, out);
+            };
+            if cached.chunk != chunk || cached.len == 0 {
+                let first = out.len();
+                vocab.encode_chunk(&bytes[start..end], failed, out);
+                let new = &out[first..];
+                if new.len() <= CACHED_IDS {
+                    *cached = Cached { chunk, len: new.len() as u32, ids: [0; CACHED_IDS] };
+                    cached.ids[..new.len()].copy_from_slice(new);
+                }
+                return;
+            }
+            out.extend_from_slice(&cached.ids[..cached.len as usize]);
+        })
     }
 }
 
-impl Vocab {
-    /// Errors: `UnknownToken` when a merge names an id that does not exist yet.
-    pub fn new(merges: &[Pair]) -> Result<Self, BpeError> {
-        let mut vocab = Self::default();
-        for (&(left, right), id) in merges.iter().zip(NUM_BYTES..) {
-            let token = [vocab.token(left)?, vocab.token(right)?].concat();
-            vocab.tokens.push(token);
-            vocab.ids.insert((left, right), id);
+/// The ids of each text, after `prepend`, by `num_threads` threads (0 = one a core). Errors: `Split`.
+pub fn encode_all(
+    splitter: &Splitter,
+    vocab: &Vocab,
+    texts: &[&str],
+    prepend: Option<u32>,
+    num_threads: usize,
+) -> Result<Vec<Vec<u32>>, BpeError> {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let (mut encoder, mut done) = (Encoder::new(splitter, vocab), Vec::new());
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(text) = texts.get(index) else { return Ok(done) };
+            let mut ids = Vec::from_iter(prepend);
+            encoder.encode(text, &mut ids)?;
+            done.push((index, ids));
         }
-        Ok(vocab)
-    }
-
-    pub fn len(&self) -> usize {
-        self.tokens.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
-    }
-
-    /// The bytes of every token in id order. No two are equal: a byte string has one history of merges.
-    pub fn tokens(&self) -> &[Vec<u8>] {
-        &self.tokens
-    }
-
-    /// The bytes of one token. Errors: `UnknownToken`.
-    pub fn token(&self, id: u32) -> Result<&[u8], BpeError> {
-        match self.tokens.get(id as usize) {
-            Some(token) => Ok(token),
-            None => Err(BpeError::UnknownToken { id, vocab_size: self.len() }),
-        }
-    }
-
-    /// Append the ids of one chunk: merge the present pair with the lowest merged id, leftmost first, until none
-    /// is left. The queue makes that n log n, so that a chunk of a million letters does no harm.
-    pub fn encode_chunk(&self, chunk: &[u8], out: &mut Vec<u32>) {
-        const NONE: usize = usize::MAX;
-        let mut ids: Vec<u32> = chunk.iter().map(|&b| u32::from(b)).collect();
-        let mut next: Vec<usize> = (1..=ids.len()).collect(); // ids.len() = the end
-        let mut previous: Vec<usize> = (0..ids.len()).map(|i| i.checked_sub(1).unwrap_or(NONE)).collect();
-        let mut queue: BinaryHeap<Reverse<(u32, usize, Pair)>> = BinaryHeap::new();
-        let offer = |queue: &mut BinaryHeap<_>, at: usize, pair: Pair| {
-            if let Some(&id) = self.ids.get(&pair) {
-                queue.push(Reverse((id, at, pair)));
-            }
-        };
-        for (at, pair) in ids.windows(2).enumerate() {
-            offer(&mut queue, at, (pair[0], pair[1]));
-        }
-        while let Some(Reverse((id, at, (left, right)))) = queue.pop() {
-            let gone = next[at];
-            // An entry is stale when either side was merged since; a swallowed position points to NONE.
-            if gone == NONE || gone == ids.len() || ids[at] != left || ids[gone] != right {
-                continue;
-            }
-            ids[at] = id;
-            let after = next[gone];
-            next[at] = after;
-            next[gone] = NONE;
-            if after < ids.len() {
-                previous[after] = at;
-                offer(&mut queue, at, (id, ids[after]));
-            }
-            if previous[at] != NONE {
-                offer(&mut queue, previous[at], (ids[previous[at]], id));
+    };
+    let num_cores = || available_parallelism().map_or(1, |n| n.get());
+    let num_threads = if num_threads == 0 { num_cores() } else { num_threads }.min(texts.len());
+    let mut rows = vec![Vec::new(); texts.len()];
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..num_threads).map(|_| scope.spawn(work)).collect();
+        let mine = work();
+        let theirs =
+            others.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        for done in std::iter::once(mine).chain(theirs) {
+            for (index, ids) in done? {
+                rows[index] = ids;
             }
         }
-        let mut at = 0;
-        while at < ids.len() {
-            out.push(ids[at]);
-            at = next[at];
-        }
-    }
-
-    /// The bytes that `ids` stand for. Errors: `UnknownToken`.
-    pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, BpeError> {
-        let mut bytes = Vec::new();
-        for &id in ids {
-            bytes.extend_from_slice(self.token(id)?);
-        }
-        Ok(bytes)
-    }
+        Ok(rows)
+    })
 }

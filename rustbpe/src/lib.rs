@@ -1,16 +1,24 @@
-//! Byte-level BPE: exact, parallel training and plain encoding.
+//! Byte-level BPE: exact, parallel training and linear-time encoding.
 //!
-//! `count` splits texts into chunks and counts them, `train` learns merges from the counts, `encode` applies
-//! them. None of these knows Python; `python` (feature `python`) is the thin face that the extension shows.
+//! `split` cuts a text into chunks (`scan` does it for patterns like GPT-4's), `count` counts them, `train` learns
+//! merges from the counts, `vocab` holds them and encodes a chunk, `encode` whole texts. None of these knows
+//! Python; `python` (feature `python`) is the thin face that the extension shows.
 
 mod count;
 mod encode;
 mod error;
 #[cfg(feature = "python")]
 mod python;
+mod scan;
+mod short;
+mod split;
 mod train;
+mod vocab;
 
-pub use count::{ChunkCounts, Splitter, DEFAULT_PATTERN};
-pub use encode::Vocab;
+pub use count::{Batch, ChunkCounts, Counter};
+pub use encode::{encode_all, Encoder};
 pub use error::BpeError;
+pub use scan::DEFAULT_PATTERN;
+pub use split::Splitter;
 pub use train::{train, Pair, NUM_BYTES};
+pub use vocab::Vocab;

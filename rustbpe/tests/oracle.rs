@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 
-use rustbpe::{train, BpeError, ChunkCounts, Pair, Splitter, Vocab, DEFAULT_PATTERN};
+use rustbpe::{
+    encode_all, train, Batch, BpeError, ChunkCounts, Counter, Pair, Splitter, Vocab, DEFAULT_PATTERN,
+};
 
 /// A small linear congruential generator (Knuth's MMIX constants), so that tests need no crate for it.
 struct Random(u64);
@@ -76,8 +78,22 @@ fn random_chunks(random: &mut Random) -> Vec<(String, u64)> {
     (0..30).map(|_| (random.text(&alphabet, 24), random.below(4) as u64)).collect()
 }
 
+fn counted(chunks: &[(String, u64)]) -> ChunkCounts {
+    let mut counts = ChunkCounts::default();
+    for (chunk, count) in chunks {
+        counts.add_chunk(chunk.as_bytes(), *count);
+    }
+    counts
+}
+
 fn learn(chunks: &[(String, u64)], num_merges: u32) -> Vec<Pair> {
-    train(chunks.iter().map(|(c, n)| (c.as_bytes(), *n)), 256 + num_merges, never_stop).unwrap()
+    train(&counted(chunks), 256 + num_merges, never_stop).unwrap()
+}
+
+fn encode(vocab: &Vocab, chunk: &str) -> Vec<u32> {
+    let mut ids = Vec::new();
+    vocab.encode_chunk(chunk.as_bytes(), &mut Vec::new(), &mut ids);
+    ids
 }
 
 #[test]
@@ -114,7 +130,8 @@ fn no_two_tokens_have_the_same_bytes() {
     let mut random = Random(2);
     for _ in 0..50 {
         let merges = learn(&random_chunks(&mut random), 60);
-        let mut tokens = Vocab::new(&merges).unwrap().tokens().to_vec();
+        let vocab = Vocab::from_merges(&merges).unwrap();
+        let mut tokens: Vec<&[u8]> = vocab.tokens().collect();
         let num_tokens = tokens.len();
         tokens.sort();
         tokens.dedup();
@@ -125,39 +142,74 @@ fn no_two_tokens_have_the_same_bytes() {
 #[test]
 fn encoding_equals_applying_each_merge_in_turn_and_decodes_back() {
     let mut random = Random(3);
-    for _ in 0..50 {
+    for _ in 0..300 {
         let merges = learn(&random_chunks(&mut random), 60);
-        let vocab = Vocab::new(&merges).unwrap();
+        let vocab = Vocab::from_merges(&merges).unwrap();
         for (chunk, _) in random_chunks(&mut random) {
-            let mut ids = Vec::new();
-            vocab.encode_chunk(chunk.as_bytes(), &mut ids);
+            let ids = encode(&vocab, &chunk);
             assert_eq!(ids, encode_plainly(&chunk, &merges), "{chunk:?}");
             assert_eq!(vocab.decode(&ids).unwrap(), chunk.as_bytes());
         }
     }
 }
 
-/// The default pattern inside one more group: backtracking runs what the fast path does not recognise.
-fn backtracking_twin() -> Splitter {
-    Splitter::new(&format!("(?:{DEFAULT_PATTERN})")).unwrap()
+#[test]
+fn long_runs_of_few_letters_equal_applying_each_merge_in_turn() {
+    let mut random = Random(5);
+    for _ in 0..300 {
+        let text = |random: &mut Random| random.text(&['a', 'a', 'a', 'b'], 200);
+        let merges = learn(&[(text(&mut random), 1), (text(&mut random), 1)], 80);
+        let vocab = Vocab::from_merges(&merges).unwrap();
+        for chunk in [text(&mut random), text(&mut random), "a".repeat(random.below(300))] {
+            assert_eq!(encode(&vocab, &chunk), encode_plainly(&chunk, &merges), "{chunk:?}");
+        }
+    }
+}
+
+#[test]
+fn the_tokens_alone_tell_the_merges() {
+    let mut random = Random(6);
+    for _ in 0..50 {
+        let merges = learn(&random_chunks(&mut random), 60);
+        let vocab = Vocab::from_merges(&merges).unwrap();
+        let tokens: Vec<&[u8]> = vocab.tokens().collect();
+        assert_eq!(Vocab::from_tokens(&tokens).unwrap().merges(), merges);
+    }
+}
+
+/// The default pattern inside one more group: the regular expression runs what the scanner does not recognise.
+fn regex_twin(pattern: &str) -> Splitter {
+    Splitter::new(&format!("(?:{pattern})")).unwrap()
 }
 
 fn split<'t>(splitter: &Splitter, text: &'t str) -> Vec<&'t str> {
     let mut chunks = Vec::new();
-    splitter.split(text, |chunk| chunks.push(chunk)).unwrap();
+    splitter.split(text, |start, end| chunks.push(&text[start..end])).unwrap();
     chunks
 }
 
 #[test]
-fn the_linear_splitter_equals_the_backtracking_one() {
-    let (fast, plain) = (Splitter::new(DEFAULT_PATTERN).unwrap(), backtracking_twin());
-    let alphabet: Vec<char> = "a Zsé'tlv ſ日7٣½  \u{a0}\u{3000}\t\n\r\r.,$\u{301}😀".chars().collect();
+fn the_scanner_equals_the_regular_expression() {
+    let alphabet: Vec<char> =
+        "a Zsé'tlvEſ日7٣½  \u{a0}\u{3000}\u{85}\t\u{b}\n\r\r.,$\u{301}😀".chars().collect();
     let mut random = Random(4);
-    for _ in 0..20_000 {
-        let text = random.text(&alphabet, 16);
-        let chunks = split(&fast, &text);
-        assert_eq!(chunks, split(&plain, &text), "{text:?}");
-        assert_eq!(chunks.concat(), text);
+    for pattern in [DEFAULT_PATTERN.to_owned(), DEFAULT_PATTERN.replace("{1,3}", "{1,2}")] {
+        let (fast, plain) = (Splitter::new(&pattern).unwrap(), regex_twin(&pattern));
+        for _ in 0..50_000 {
+            let text = random.text(&alphabet, 16);
+            let chunks = split(&fast, &text);
+            assert_eq!(chunks, split(&plain, &text), "{text:?}");
+            assert_eq!(chunks.concat(), text);
+        }
+    }
+}
+
+#[test]
+fn the_scanner_knows_the_kind_of_every_character() {
+    let (fast, plain) = (Splitter::new(DEFAULT_PATTERN).unwrap(), regex_twin(DEFAULT_PATTERN));
+    for c in '\0'..=char::MAX {
+        let text = format!("{c}a{c}{c}1{c} .{c}'{c}");
+        assert_eq!(split(&fast, &text), split(&plain, &text), "{text:?}");
     }
 }
 
@@ -177,36 +229,74 @@ fn two_million_spaces_are_one_chunk_and_a_word() {
     assert_eq!(chunks.iter().map(|chunk| chunk.len()).collect::<Vec<_>>(), [1_999_999, 2]);
 }
 
+fn sorted(counts: &ChunkCounts) -> Vec<(Vec<u8>, u64)> {
+    let mut all = Vec::new();
+    counts.for_each(|chunk, count| all.push((chunk.to_vec(), count)));
+    all.sort();
+    all
+}
+
 #[test]
-fn counts_do_not_depend_on_how_texts_are_batched() {
-    let texts: Vec<String> = (0..100).map(|i| format!("the cat {} sat", i % 7)).collect();
+fn counts_do_not_depend_on_batches_nor_on_threads() {
+    let long = "word".repeat(10);
+    let texts: Vec<String> = (0..100).map(|i| format!("the cat {} sat on {long}", i % 7)).collect();
     let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
-    let count = |batch: usize| {
-        let mut counts = ChunkCounts::default();
-        for texts in texts.chunks(batch) {
-            counts.add(&splitter, texts).unwrap();
+    let mut plain = ChunkCounts::default();
+    for text in &texts {
+        plain.add(&splitter, text).unwrap();
+    }
+    for size in [1, 7, 100] {
+        let counter = Counter::new(&splitter);
+        for texts in texts.chunks(size) {
+            let mut batch = Batch::default();
+            texts.iter().for_each(|text| batch.push(text));
+            assert!(counter.send(batch));
         }
-        let mut counts: Vec<_> = counts.iter().map(|(chunk, n)| (chunk.to_vec(), n)).collect();
-        counts.sort();
-        counts
-    };
-    assert_eq!(count(1), count(100));
-    assert!(count(7).contains(&(b" cat".to_vec(), 100)));
+        assert_eq!(sorted(&counter.finish().unwrap()), sorted(&plain));
+    }
+    assert!(sorted(&plain).contains(&(b" cat".to_vec(), 100)));
+    assert!(sorted(&plain).contains(&(format!(" {long}").into_bytes(), 100)));
+}
+
+#[test]
+fn many_texts_on_many_threads_give_the_ids_of_each_alone() {
+    let mut random = Random(7);
+    let alphabet: Vec<char> = "ab c.é1".chars().collect();
+    let texts: Vec<String> = (0..200).map(|_| random.text(&alphabet, 60)).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
+    let vocab = Vocab::from_merges(&learn(&random_chunks(&mut random), 60)).unwrap();
+    let plain: Vec<Vec<u32>> = texts
+        .iter()
+        .map(|text| split(&splitter, text).iter().flat_map(|chunk| encode(&vocab, chunk)).collect())
+        .collect();
+    for num_threads in [0, 1, 3] {
+        assert_eq!(encode_all(&splitter, &vocab, &texts, None, num_threads).unwrap(), plain);
+    }
+    assert!(encode_all(&splitter, &vocab, &[], None, 2).unwrap().is_empty());
+    assert_eq!(encode_all(&splitter, &vocab, &["", "a"], Some(9), 2).unwrap(), [vec![9], vec![9, 97]]);
 }
 
 #[test]
 fn what_a_caller_gets_wrong_is_an_error_and_no_panic() {
-    assert_eq!(train([], 255, never_stop), Err(BpeError::VocabTooSmall { vocab_size: 255 }));
+    assert_eq!(train(&counted(&[]), 255, never_stop), Err(BpeError::VocabTooSmall { vocab_size: 255 }));
     assert!(matches!(Splitter::new("("), Err(BpeError::BadPattern { .. })));
-    let unknown = Err(BpeError::UnknownToken { id: 256, vocab_size: 256 });
-    assert_eq!(Vocab::default().decode(&[97, 256]), unknown);
-    assert!(Vocab::new(&[(97, 300)]).is_err());
+    let bytes = Vocab::from_merges(&[]).unwrap();
+    assert_eq!(bytes.decode(&[97, 256]), Err(BpeError::UnknownToken { id: 256, vocab_size: 256 }));
+    for merges in [vec![(97, 300)], vec![(97, 256)], vec![(97, 98), (97, 98)]] {
+        assert!(matches!(Vocab::from_merges(&merges), Err(BpeError::BadMerge { .. })), "{merges:?}");
+    }
+    assert_eq!(Vocab::new(b"ab", &[]).err(), Some(BpeError::BadBytes));
+    assert_eq!(Vocab::from_tokens(&["a"]).err(), Some(BpeError::BadBytes));
+    let mut tokens: Vec<Vec<u8>> = bytes.tokens().map(<[u8]>::to_vec).collect();
+    tokens.push(b"abc".to_vec());
+    assert!(matches!(Vocab::from_tokens(&tokens), Err(BpeError::BadToken { id: 256, .. })));
     let spaces = " ".repeat(2_000_000) + "x";
-    assert!(matches!(backtracking_twin().split(&spaces, |_| ()), Err(BpeError::Split { .. })));
+    assert!(matches!(regex_twin(DEFAULT_PATTERN).split(&spaces, |_, _| ()), Err(BpeError::Split { .. })));
 }
 
 #[test]
 fn the_callback_stops_the_merge_loop() {
     let stop_at_two = |done, _| if done == 2 { Err(BpeError::Interrupted) } else { Ok(()) };
-    assert_eq!(train([(&b"abcdef"[..], 1)], 300, stop_at_two), Err(BpeError::Interrupted));
+    assert_eq!(train(&counted(&[("abcdef".to_owned(), 1)]), 300, stop_at_two), Err(BpeError::Interrupted));
 }
