@@ -1,4 +1,4 @@
-"""Pretraining text: blocks of 1,024 short documents, each a pure function of (split, block)."""
+"""Pretraining text: blocks of short documents, each a pure function of (split, block)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from nanochat.data.tinyworld.relations import relations
 from nanochat.data.tinyworld.stories import story
 from nanochat.data.tinyworld.words import spell, word_to_spell
 
-BLOCK_SIZE = 1024  # documents
+BLOCK_SIZE = {
+    "train": 1024,
+    "val": 128,
+}  # documents; one of validation costs as many drawn and dropped as VAL_SHARE says
 NUM_BLOCKS = {"train": 4096, "val": 8}
 VAL_SHARE = 16  # one text in 16, by its hash, may only stand in the validation split
 CANONICAL_REPEATS = 12  # how often the plain statement stands among the longer ones
@@ -240,7 +243,7 @@ def _weights(split: str, block: int) -> list[float]:
 
 
 def documents(split: str, block: int) -> list[str]:
-    """The 1,024 documents of a block, always the same. No text stands in both splits.
+    """The documents of a block, always the same. No text stands in both splits.
 
     Args:
         split: "train" or "val".
@@ -256,9 +259,10 @@ def documents(split: str, block: int) -> list[str]:
     rng = random.Random(2 * block + (split == "val"))
     writers, weights = [writer for writer, _ in MIXTURE], _weights(split, block)
     result: list[str] = []
-    while len(result) < BLOCK_SIZE:
-        for writer in rng.choices(writers, weights, k=BLOCK_SIZE):
+    size = BLOCK_SIZE[split]
+    while len(result) < size:
+        for writer in rng.choices(writers, weights, k=BLOCK_SIZE["train"]):
             text = writer(rng)
             if (zlib.crc32(text.encode()) % VAL_SHARE == 0) == (split == "val"):
                 result.append(text)
-    return result[:BLOCK_SIZE]
+    return result[:size]
