@@ -18,7 +18,7 @@ parse_arguments "cpu gpu1 gpu2 gpu4 gpu8" "$@"
 if [ "$TIER" = cpu ]; then
     MODEL="--depth=4 --arch=modern --aspect_ratio=48 --head_dim=96 --max_seq_len=256"
     CHARS=8_000_000 VOCAB=2048 BASE_STEPS=380 EVAL_TOKENS=32768 CORE=40 COMPILE=--compile
-    MID_STEPS=140 SFT_STEPS=160 RL_STEPS=28 RL_EXAMPLES=32 PROBLEMS=200
+    MID_STEPS=140 SFT_STEPS=190 RL_STEPS=56 RL_EXAMPLES=32 PROBLEMS=200
     if [ -n "$QUICK" ]; then
         MODEL="--depth=2 --arch=modern --aspect_ratio=32 --head_dim=32 --max_seq_len=256"
         CHARS=500_000 VOCAB=1024 BASE_STEPS=40 EVAL_TOKENS=8192 CORE=5 COMPILE=--no-compile
@@ -39,7 +39,7 @@ if [ "$TIER" = cpu ]; then
     stage eval_mid python -m scripts.chat_eval -i mid --model_tag="$TAG" --max_new_tokens=128 --batch_size=32 --max_problems=$PROBLEMS
     stage chat_sft python -m scripts.chat_sft --run="$WANDB_RUN" --model_tag="$TAG" --device_batch_size=16 --target_examples_per_step=64 $RATES --init_lr_frac=0.4 --num_iterations=$SFT_STEPS --eval_steps=8 --eval_metrics_every=-1 --save_every=100 $RESUME
     stage eval_sft python -m scripts.chat_eval -i sft --model_tag="$TAG" --max_new_tokens=128 --batch_size=32 --max_problems=$PROBLEMS
-    stage chat_rl python -m scripts.chat_rl --run="$WANDB_RUN" --model_tag="$TAG" --task=TinyWordProblems $RATES --init_lr_frac=0.1 --num_iterations=$RL_STEPS --device_batch_size=16 --num_samples=16 --max_new_tokens=96 --eval_every=20 --eval_examples=$RL_EXAMPLES --save_every=10 $RESUME
+    stage chat_rl python -m scripts.chat_rl --run="$WANDB_RUN" --model_tag="$TAG" --task=TinyWordProblems $RATES --init_lr_frac=0.1 --num_iterations=$RL_STEPS --examples_per_step=8 --device_batch_size=16 --num_samples=16 --max_new_tokens=96 --eval_every=40 --eval_examples=$RL_EXAMPLES --save_every=20 $RESUME
     stage eval_rl python -m scripts.chat_eval -i rl --model_tag="$TAG" --max_new_tokens=128 --batch_size=32 --max_problems=$PROBLEMS
     stage report python -m nanochat.report generate
     finish
