@@ -166,7 +166,7 @@ class Tokenizer:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["format"] != FILE_FORMAT:
                 raise InputError(f"{path} has format {record['format']!r}, not {FILE_FORMAT}; train it again")
-            merges = np.array(record.pop("merges"), np.uint32)
+            merges = np.array(record.pop("merges"), np.uint32).reshape(-1, 2)
             if record.pop("sha256") != _digest(record, merges):
                 raise ValueError("its checksum does not match")
             bpe = rustbpe.Tokenizer.from_merges(record["pattern"], bytes(record["bytes"]), merges.tobytes())
@@ -190,8 +190,8 @@ class Tokenizer:
 
     @cached_property
     def merges(self) -> np.ndarray:
-        """(2 * M,) uint32: left and right id of each merge in turn."""
-        return np.frombuffer(self.bpe.get_merges(), np.uint32)
+        """(M, 2) uint32: left and right id of each merge in turn."""
+        return np.frombuffer(self.bpe.get_merges(), np.uint32).reshape(-1, 2)
 
     @cached_property
     def _content(self) -> dict[str, Any]:

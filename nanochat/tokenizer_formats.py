@@ -69,7 +69,6 @@ def export_huggingface(tokenizer: Tokenizer, directory: str | Path) -> list[Path
     names = ["".join(characters[byte] for byte in token) for token in tokens]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
-    merges = tokenizer.merges.tolist()
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {
         "type": "Split",
@@ -81,7 +80,7 @@ def export_huggingface(tokenizer: Tokenizer, directory: str | Path) -> list[Path
         **{"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None},
         **{"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False},
         "vocab": {name: i for i, name in enumerate(names)},
-        "merges": [[names[left], names[right]] for left, right in zip(merges[::2], merges[1::2], strict=True)],
+        "merges": [[names[left], names[right]] for left, right in tokenizer.merges.tolist()],
     }
     content = {
         **{"version": "1.0", "truncation": None, "padding": None},
@@ -184,10 +183,8 @@ def _from_huggingface(content: Mapping[str, Any], path: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_ranks(
         tokens, _pattern(content.get("pre_tokenizer")), special, bos or next(iter(special))
     )
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    if [(vocab[left], vocab[right]) for left, right in pairs] != list(
-        zip(*[iter(tokenizer.merges.tolist())] * 2, strict=True)
-    ):
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    if [[vocab[left], vocab[right]] for left, right in merges] != tokenizer.merges.tolist():
         raise InputError("its merges are not in the order of their ids")
     return tokenizer
 

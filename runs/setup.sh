@@ -47,6 +47,8 @@ sync_packages() {
 }
 
 setup() {
+    # where it is set, each of a dozen stages would compile torch's sources anew: seven seconds a stage
+    unset PYTHONDONTWRITEBYTECODE
     find_uv
     find_cargo
     sync_packages

@@ -176,7 +176,7 @@ def test_get_tokenizer_reads_the_base_directory(tokenizer, tmp_path, monkeypatch
 
 
 def damage_merge(record):
-    record["merges"][300] += 1
+    record["merges"][300][0] += 1
 
 
 def drop_merge(record):
