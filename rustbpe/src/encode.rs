@@ -5,58 +5,30 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::available_parallelism;
 
 use crate::short::Short;
+use crate::vocab::Scratch;
 use crate::{BpeError, Splitter, Vocab};
 
-const CACHE_BITS: u32 = 13;
-const CACHED_IDS: usize = 6;
-/// A shorter text has few words twice: it is not worth the cache.
-const MIN_CACHED_TEXT: usize = 2048; // bytes
-
-/// Encodes one text after the other, and remembers the chunks it met: most of a text is words seen before.
+/// Encodes one text after the other.
 pub struct Encoder<'v> {
     splitter: &'v Splitter,
     vocab: &'v Vocab,
-    cache: Vec<Cached>,
-    failed: Vec<bool>,
-}
-
-/// A chunk and its ids; no ids = an empty place.
-#[derive(Clone, Copy, Default)]
-struct Cached {
-    chunk: Short,
-    len: u32,
-    ids: [u32; CACHED_IDS],
+    scratch: Scratch,
 }
 
 impl<'v> Encoder<'v> {
     pub fn new(splitter: &'v Splitter, vocab: &'v Vocab) -> Self {
-        Self { splitter, vocab, cache: Vec::new(), failed: Vec::new() }
+        Self { splitter, vocab, scratch: Scratch::default() }
     }
 
     /// Append the ids of `text`. Errors: `Split`.
     pub fn encode(&mut self, text: &str, out: &mut Vec<u32>) -> Result<(), BpeError> {
-        let Self { splitter, vocab, cache, failed } = self;
-        if cache.is_empty() && text.len() >= MIN_CACHED_TEXT {
-            *cache = vec![Cached::default(); 1 << CACHE_BITS];
-        }
+        let Self { splitter, vocab, scratch } = self;
         let bytes = text.as_bytes();
         splitter.split(text, |start, end| {
-            let chunk = Short::within(bytes, start, end);
-            let place = chunk.and_then(|chunk| Some((chunk, cache.get_mut(chunk.slot(CACHE_BITS))?)));
-            let Some((chunk, cached)) = place else {
-                return vocab.encode_chunk(&bytes[start..end], failed, out);
-            };
-            if cached.chunk != chunk || cached.len == 0 {
-                let first = out.len();
-                vocab.encode_chunk(&bytes[start..end], failed, out);
-                let new = &out[first..];
-                if new.len() <= CACHED_IDS {
-                    *cached = Cached { chunk, len: new.len() as u32, ids: [0; CACHED_IDS] };
-                    cached.ids[..new.len()].copy_from_slice(new);
-                }
-                return;
+            match Short::within(bytes, start, end).and_then(|it| vocab.short_id(it)) {
+                Some(id) => out.push(id), // nine chunks of ten are a token
+                None => vocab.encode_chunk(&bytes[start..end], scratch, out),
             }
-            out.extend_from_slice(&cached.ids[..cached.len as usize]);
         })
     }
 }

@@ -21,4 +21,4 @@ pub use error::BpeError;
 pub use scan::DEFAULT_PATTERN;
 pub use split::Splitter;
 pub use train::{train, Pair, NUM_BYTES};
-pub use vocab::Vocab;
+pub use vocab::{Scratch, Vocab};

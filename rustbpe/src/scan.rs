@@ -98,7 +98,8 @@ fn end_of_contraction(text: &[u8], at: usize) -> Option<usize> {
 /// The kind of every character.
 #[derive(Debug)]
 struct Kinds {
-    ascii: [u8; 128],
+    /// By byte; 0 for the bytes of characters beyond ASCII.
+    ascii: [u8; 256],
     /// By code point. Zero pages of it stay untouched, so it costs less memory than its megabyte.
     all: Vec<u8>,
 }
@@ -116,23 +117,27 @@ impl Kinds {
                     all[first as usize..=last as usize].fill(kind);
                 }
             }
-            let mut ascii = [0; 128];
-            ascii.copy_from_slice(&all[..128]);
-            let named = |kind: u8| if kind == 0 { OTHER } else { kind };
-            Self { ascii: ascii.map(named), all }
+            let mut ascii = [0; 256];
+            for (kind, &found) in ascii.iter_mut().zip(&all[..128]) {
+                *kind = if found == 0 { OTHER } else { found };
+            }
+            Self { ascii, all }
         })
     }
 
     /// (kind of the character at `at`, where the next one begins); (0, at) at the end.
-    #[inline]
+    #[inline(always)]
     fn at(&self, text: &str, at: usize) -> (u8, usize) {
         match text.as_bytes().get(at) {
             None => (0, at),
-            Some(&byte) if byte < 128 => (self.ascii[byte as usize], at + 1),
-            Some(_) => self.wide(text, at),
+            Some(&byte) => match self.ascii[byte as usize] {
+                0 => self.wide(text, at),
+                kind => (kind, at + 1),
+            },
         }
     }
 
+    #[inline(never)]
     fn wide(&self, text: &str, at: usize) -> (u8, usize) {
         match text[at..].chars().next() {
             None => (0, at),
@@ -144,9 +149,13 @@ impl Kinds {
     }
 
     /// The end of the characters of `kinds` that follow `at`.
-    #[inline]
+    #[inline(always)]
     fn run(&self, text: &str, mut at: usize, kinds: u8) -> usize {
+        let bytes = text.as_bytes();
         loop {
+            while at < bytes.len() && self.ascii[bytes[at] as usize] & kinds != 0 {
+                at += 1;
+            }
             let (kind, after) = self.at(text, at);
             if kind & kinds == 0 {
                 return at;

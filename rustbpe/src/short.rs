@@ -5,7 +5,7 @@ use std::hash::{Hash, Hasher};
 const CAPACITY: usize = 15;
 
 /// Up to 15 bytes by value: compared and hashed as two machine words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Short(u128); // the highest byte is the length
 
 impl Short {
@@ -38,14 +38,6 @@ impl Short {
     /// The first `len` are the bytes.
     pub fn to_array(self) -> [u8; CAPACITY + 1] {
         self.0.to_le_bytes()
-    }
-
-    /// A number that spreads keys over a table of 2^`bits` places.
-    #[inline]
-    pub fn slot(self, bits: u32) -> usize {
-        let mixed =
-            (self.0 as u64 ^ ((self.0 >> 64) as u64).rotate_left(29)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        (mixed >> (64 - bits)) as usize
     }
 }
 

@@ -1,24 +1,41 @@
 //! A vocabulary: the 256 bytes, then what merges make of them.
 
-use rustc_hash::FxHashMap;
+use std::sync::OnceLock;
+
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use crate::short::Short;
 use crate::{BpeError, Pair, NUM_BYTES};
 
 /// No token, or no node.
 const NONE: u32 = u32::MAX;
+/// Bytes of a chunk up to which merging pair by pair is quicker, though it is quadratic.
+const MAX_MERGED: usize = 40;
+const BYTE_PAIRS: usize = 1 << 16;
 
 /// Ids 0 to 255 are the bytes, in any order; the merge at index i makes id 256 + i of two lower ones.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Vocab {
     /// The bytes of all tokens end to end, and where each token ends in them.
     text: Vec<u8>,
     ends: Vec<usize>,
     merges: Vec<Pair>,
+    byte_ids: [u32; NUM_BYTES as usize],
+    /// What a merge makes: of two bytes by (left << 8 | right), of others by the pair.
+    by_bytes: Vec<u32>,
     by_pair: FxHashMap<Pair, u32>,
     short: FxHashMap<Short, u32>,
     long: FxHashMap<Box<[u8]>, u32>,
-    trie: Trie,
+    /// Of all tokens; made for the first long chunk.
+    trie: OnceLock<Trie>,
+}
+
+/// Memory for `Vocab::encode_chunk`.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    ids: Vec<u32>,
+    merged: Vec<u32>,
+    failed: Vec<bool>,
 }
 
 impl Vocab {
@@ -30,9 +47,20 @@ impl Vocab {
 
     /// `bytes` are those of the ids 0 to 255. Errors: `BadBytes`, `BadMerge`.
     pub fn new(bytes: &[u8], merges: &[Pair]) -> Result<Self, BpeError> {
-        let mut vocab = Self::default();
-        for byte in bytes {
-            vocab.push(&[*byte]);
+        let mut vocab = Self {
+            text: Vec::new(),
+            ends: Vec::new(),
+            merges: Vec::new(),
+            byte_ids: [NONE; NUM_BYTES as usize],
+            by_bytes: vec![NONE; BYTE_PAIRS],
+            by_pair: FxHashMap::with_capacity_and_hasher(merges.len(), FxBuildHasher),
+            short: FxHashMap::with_capacity_and_hasher(merges.len() + bytes.len(), FxBuildHasher),
+            long: FxHashMap::default(),
+            trie: OnceLock::new(),
+        };
+        for (&byte, id) in bytes.iter().zip(0..) {
+            vocab.byte_ids[byte as usize] = id;
+            vocab.push(&[byte]);
         }
         if vocab.short.len() != NUM_BYTES as usize || bytes.len() != NUM_BYTES as usize {
             return Err(BpeError::BadBytes);
@@ -49,11 +77,10 @@ impl Vocab {
         let (bytes, merged) = tokens.split_at_checked(NUM_BYTES as usize).ok_or(BpeError::BadBytes)?;
         let bytes: Option<Vec<u8>> = bytes.iter().map(|token| single(token.as_ref())).collect();
         let mut vocab = Self::new(&bytes.ok_or(BpeError::BadBytes)?, &[])?;
-        let (mut ids, mut failed) = (Vec::new(), Vec::new());
+        let mut scratch = Scratch::default();
         for token in merged {
-            ids.clear();
-            vocab.encode_chunk(token.as_ref(), &mut failed, &mut ids);
-            match ids[..] {
+            vocab.merge_plainly(token.as_ref(), &mut scratch);
+            match scratch.ids[..] {
                 [left, right] => vocab.merge(left, right)?,
                 _ => {
                     return Err(BpeError::BadToken { id: vocab.len() as u32, token: token.as_ref().to_vec() })
@@ -73,14 +100,16 @@ impl Vocab {
             return Err(BpeError::BadMerge { id, pair: (left, right) });
         }
         self.merges.push((left, right));
-        self.by_pair.insert((left, right), id);
+        match byte_pair(left, right) {
+            Some(index) => self.by_bytes[index] = id,
+            None => drop(self.by_pair.insert((left, right), id)),
+        }
         self.push(&token);
         Ok(())
     }
 
     fn push(&mut self, token: &[u8]) {
         let id = self.len() as u32;
-        self.trie.insert(token, id);
         match Short::new(token) {
             Some(short) => self.short.insert(short, id),
             None => self.long.insert(token.into(), id),
@@ -128,11 +157,24 @@ impl Vocab {
     }
 
     /// The token with exactly these bytes.
-    #[inline]
     pub fn id(&self, token: &[u8]) -> Option<u32> {
         match Short::new(token) {
-            Some(short) => self.short.get(&short).copied(),
+            Some(short) => self.short_id(short),
             None => self.long.get(token).copied(),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn short_id(&self, token: Short) -> Option<u32> {
+        self.short.get(&token).copied()
+    }
+
+    /// What the merge of a pair makes, or NONE.
+    #[inline]
+    fn merged(&self, left: u32, right: u32) -> u32 {
+        match byte_pair(left, right) {
+            Some(index) => self.by_bytes[index],
+            None => self.by_pair.get(&(left, right)).copied().unwrap_or(NONE),
         }
     }
 
@@ -147,35 +189,64 @@ impl Vocab {
 
     /// Append the ids of one chunk: what is left when the present pair with the lowest merged id was merged,
     /// leftmost first, until there was none.
-    ///
-    /// Not found that way, though, which takes n log n: ids are a chunk's encoding if and only if each two
-    /// neighbours are `can_be_neighbours`, and only one such sequence exists. So take the longest token, then a
-    /// shorter one when it does not fit the one before it, and step back when none does. `failed` marks places
-    /// from which nothing leads to the end, so that each is tried once. (Observation and proof:
-    /// H. van Antwerpen, A. Neubeck, "So many tokens, so little time", GitHub blog, 2024.)
-    pub fn encode_chunk(&self, chunk: &[u8], failed: &mut Vec<bool>, out: &mut Vec<u32>) {
-        if chunk.is_empty() {
-            return;
-        }
+    pub fn encode_chunk(&self, chunk: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
         if let Some(id) = self.id(chunk) {
-            return out.push(id);
+            out.push(id);
+        } else if chunk.len() <= MAX_MERGED {
+            self.merge_plainly(chunk, scratch);
+            out.extend_from_slice(&scratch.ids);
+        } else {
+            self.fit_neighbours(chunk, &mut scratch.failed, out);
         }
+    }
+
+    /// The ids of a chunk, in `scratch.ids`, by merging pair after pair.
+    fn merge_plainly(&self, chunk: &[u8], Scratch { ids, merged, .. }: &mut Scratch) {
+        ids.clear();
+        ids.extend(chunk.iter().map(|&byte| self.byte_ids[byte as usize]));
+        merged.clear(); // what each id makes with the next one
+        merged.extend(ids.windows(2).map(|pair| self.merged(pair[0], pair[1])));
+        while let Some((at, &id)) = merged.iter().enumerate().min_by_key(|&(_, &id)| id) {
+            if id == NONE {
+                return;
+            }
+            ids[at] = id;
+            ids.remove(at + 1);
+            merged.remove(at);
+            if at > 0 {
+                merged[at - 1] = self.merged(ids[at - 1], id);
+            }
+            if at < merged.len() {
+                merged[at] = self.merged(id, ids[at + 1]);
+            }
+        }
+    }
+
+    /// The same in linear time.
+    ///
+    /// Ids are a chunk's encoding if and only if each two neighbours are `can_be_neighbours`, and only one such
+    /// sequence exists. So take the longest token, then a shorter one when it does not fit the one before it, and
+    /// step back when none does. `failed` marks places from which nothing leads to the end, so that each is tried
+    /// once. (Observation and proof: H. van Antwerpen, A. Neubeck, "So many tokens, so little time", GitHub blog,
+    /// 2024.)
+    fn fit_neighbours(&self, chunk: &[u8], failed: &mut Vec<bool>, out: &mut Vec<u32>) {
+        let trie = self.trie.get_or_init(|| Trie::new(self.tokens()));
         failed.clear();
         failed.resize(chunk.len() + 1, false);
         let (first, mut at) = (out.len(), 0);
-        let mut candidate = self.trie.longest(chunk);
+        let mut candidate = trie.longest(chunk);
         loop {
             if candidate == NONE {
                 failed[at] = true;
                 let Some(last) = (out.len() > first).then(|| out.pop()).flatten() else { return };
                 at -= self.token_len(last);
-                candidate = self.trie.shorter(last);
+                candidate = trie.shorter(last);
                 continue;
             }
             let end = at + self.token_len(candidate);
             let fits = !failed[end] && (at == 0 || self.can_be_neighbours(out[out.len() - 1], candidate));
             if !fits {
-                candidate = self.trie.shorter(candidate);
+                candidate = trie.shorter(candidate);
                 continue;
             }
             out.push(candidate);
@@ -183,7 +254,7 @@ impl Vocab {
             if at == chunk.len() {
                 return;
             }
-            candidate = self.trie.longest(&chunk[at..]);
+            candidate = trie.longest(&chunk[at..]);
         }
     }
 
@@ -194,11 +265,10 @@ impl Vocab {
     fn can_be_neighbours(&self, mut left: u32, mut right: u32) -> bool {
         let (mut left_goes, mut right_goes) = (NONE, NONE); // the merge that ends the time of each
         loop {
-            if let Some(&id) = self.by_pair.get(&(left, right)) {
-                // the same merge on both sides: the leftmost comes first
-                if id < left_goes && id <= right_goes {
-                    return false;
-                }
+            let id = self.merged(left, right);
+            // the same merge on both sides: the leftmost comes first
+            if id != NONE && id < left_goes && id <= right_goes {
+                return false;
             }
             // of the same merge, the right one is the newer
             let newest = left.max(right);
@@ -216,6 +286,12 @@ impl Vocab {
     }
 }
 
+/// The place of two bytes in `Vocab::by_bytes`.
+#[inline]
+fn byte_pair(left: u32, right: u32) -> Option<usize> {
+    (left < NUM_BYTES && right < NUM_BYTES).then_some((left << 8 | right) as usize)
+}
+
 fn single(token: &[u8]) -> Option<u8> {
     match token {
         [byte] => Some(*byte),
@@ -226,32 +302,43 @@ fn single(token: &[u8]) -> Option<u8> {
 /// Finds the tokens that a text begins with. Node 0 is the empty text.
 #[derive(Debug, Clone)]
 struct Trie {
-    children: FxHashMap<(u32, u8), u32>,
+    /// (node, next byte) -> (node, the token that ends there)
+    children: FxHashMap<(u32, u8), (u32, u32)>,
+    /// Of each node, and the token that ends at it.
     parents: Vec<u32>,
-    /// The token that ends at each node.
     tokens: Vec<u32>,
     /// The node of each token.
     nodes: Vec<u32>,
 }
 
-impl Default for Trie {
-    fn default() -> Self {
-        Self { children: FxHashMap::default(), parents: vec![NONE], tokens: vec![NONE], nodes: Vec::new() }
-    }
-}
-
 impl Trie {
     /// Tokens come in the order of their ids.
+    fn new<'t>(tokens: impl Iterator<Item = &'t [u8]>) -> Self {
+        let mut trie = Self {
+            children: FxHashMap::default(),
+            parents: vec![NONE],
+            tokens: vec![NONE],
+            nodes: Vec::new(),
+        };
+        for (token, id) in tokens.zip(0..) {
+            trie.insert(token, id);
+        }
+        trie
+    }
+
     fn insert(&mut self, token: &[u8], id: u32) {
         let mut node = 0;
-        for &byte in token {
+        for (at, &byte) in token.iter().enumerate() {
             let new = self.parents.len() as u32;
-            let child = *self.children.entry((node, byte)).or_insert(new);
-            if child == new {
+            let child = self.children.entry((node, byte)).or_insert((new, NONE));
+            if child.0 == new {
                 self.parents.push(node);
                 self.tokens.push(NONE);
             }
-            node = child;
+            if at + 1 == token.len() {
+                child.1 = id;
+            }
+            node = child.0;
         }
         self.tokens[node as usize] = id;
         self.nodes.push(node);
@@ -261,10 +348,10 @@ impl Trie {
     fn longest(&self, text: &[u8]) -> u32 {
         let (mut node, mut found) = (0, NONE);
         for &byte in text {
-            let Some(&child) = self.children.get(&(node, byte)) else { break };
+            let Some(&(child, token)) = self.children.get(&(node, byte)) else { break };
             node = child;
-            if self.tokens[node as usize] != NONE {
-                found = self.tokens[node as usize];
+            if token != NONE {
+                found = token;
             }
         }
         found

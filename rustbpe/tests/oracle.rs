@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use rustbpe::{
-    encode_all, train, Batch, BpeError, ChunkCounts, Counter, Pair, Splitter, Vocab, DEFAULT_PATTERN,
+    encode_all, train, Batch, BpeError, ChunkCounts, Counter, Pair, Scratch, Splitter, Vocab, DEFAULT_PATTERN,
 };
 
 /// A small linear congruential generator (Knuth's MMIX constants), so that tests need no crate for it.
@@ -92,7 +92,7 @@ fn learn(chunks: &[(String, u64)], num_merges: u32) -> Vec<Pair> {
 
 fn encode(vocab: &Vocab, chunk: &str) -> Vec<u32> {
     let mut ids = Vec::new();
-    vocab.encode_chunk(chunk.as_bytes(), &mut Vec::new(), &mut ids);
+    vocab.encode_chunk(chunk.as_bytes(), &mut Scratch::default(), &mut ids);
     ids
 }
 
@@ -154,13 +154,14 @@ fn encoding_equals_applying_each_merge_in_turn_and_decodes_back() {
 }
 
 #[test]
-fn long_runs_of_few_letters_equal_applying_each_merge_in_turn() {
+fn long_chunks_equal_applying_each_merge_in_turn() {
     let mut random = Random(5);
     for _ in 0..300 {
         let text = |random: &mut Random| random.text(&['a', 'a', 'a', 'b'], 200);
         let merges = learn(&[(text(&mut random), 1), (text(&mut random), 1)], 80);
         let vocab = Vocab::from_merges(&merges).unwrap();
-        for chunk in [text(&mut random), text(&mut random), "a".repeat(random.below(300))] {
+        let many = random.text(&"aab c日é".chars().collect::<Vec<_>>(), 200);
+        for chunk in [text(&mut random), text(&mut random), "a".repeat(random.below(300)), many] {
             assert_eq!(encode(&vocab, &chunk), encode_plainly(&chunk, &merges), "{chunk:?}");
         }
     }
