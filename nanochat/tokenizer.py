@@ -5,6 +5,7 @@ Ids: 0 to 255 are the raw bytes, then merges in the order they were learned, the
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -166,10 +167,12 @@ class Tokenizer:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["format"] != FILE_FORMAT:
                 raise InputError(f"{path} has format {record['format']!r}, not {FILE_FORMAT}; train it again")
-            merges = np.array(record.pop("merges"), np.uint32).reshape(-1, 2)
+            merges = np.frombuffer(base64.b64decode(record.pop("merges"), validate=True), "<u4").reshape(-1, 2)
             if record.pop("sha256") != _digest(record, merges):
                 raise ValueError("its checksum does not match")
-            bpe = rustbpe.Tokenizer.from_merges(record["pattern"], bytes(record["bytes"]), merges.tobytes())
+            bpe = rustbpe.Tokenizer.from_merges(
+                record["pattern"], bytes(record["bytes"]), merges.astype(np.uint32).tobytes()
+            )
             return cls(bpe, record["special_tokens"], record["bos_token"], record["metadata"])
         except InputError:
             raise
@@ -184,7 +187,9 @@ class Tokenizer:
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {"format": FILE_FORMAT, "metadata": self.metadata, **self._content}
         digest = _digest(record, self.merges)
-        text = json.dumps({**record, "sha256": digest, "merges": self.merges.tolist()})
+        # a number for each id would take longer to read than all the rest of loading
+        merges = base64.b64encode(self.merges.astype("<u4").tobytes()).decode("ascii")
+        text = json.dumps({**record, "sha256": digest, "merges": merges}, indent=1)
         write_text(path, text)
         return path
 

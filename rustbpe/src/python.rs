@@ -100,8 +100,8 @@ impl Tokenizer {
     }
 
     fn get_merges<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let ids = self.vocab.merges().iter().flat_map(|&(left, right)| [left, right]);
-        to_bytes(py, 2 * self.vocab.merges().len(), ids)
+        let ids: Vec<u32> = self.vocab.merges().iter().flat_map(|&(left, right)| [left, right]).collect();
+        to_bytes(py, &[ids])
     }
 
     #[getter]
@@ -134,7 +134,7 @@ impl Tokenizer {
     ) -> PyResult<(Bound<'py, PyBytes>, Vec<usize>)> {
         let rows = self.encode_rows(py, &texts, prepend, num_threads)?;
         let lengths: Vec<usize> = rows.iter().map(Vec::len).collect();
-        Ok((to_bytes(py, lengths.iter().sum(), rows.iter().flatten().copied())?, lengths))
+        Ok((to_bytes(py, &rows)?, lengths))
     }
 
     fn decode(&self, ids: Vec<u32>) -> PyResult<String> {
@@ -156,15 +156,13 @@ impl Tokenizer {
     }
 }
 
-/// `len` ids, four bytes each as this machine has them.
-fn to_bytes<'py>(
-    py: Python<'py>,
-    len: usize,
-    ids: impl Iterator<Item = u32>,
-) -> PyResult<Bound<'py, PyBytes>> {
-    PyBytes::new_with(py, 4 * len, |buffer| {
-        for (bytes, id) in buffer.chunks_exact_mut(4).zip(ids) {
-            bytes.copy_from_slice(&id.to_ne_bytes());
+/// All ids end to end, four bytes each as this machine has them.
+fn to_bytes<'py>(py: Python<'py>, rows: &[Vec<u32>]) -> PyResult<Bound<'py, PyBytes>> {
+    PyBytes::new_with(py, 4 * rows.iter().map(Vec::len).sum::<usize>(), |mut buffer| {
+        for row in rows {
+            let (bytes, rest) = buffer.split_at_mut(4 * row.len());
+            bytes.copy_from_slice(bytemuck::cast_slice(row));
+            buffer = rest;
         }
         Ok(())
     })
