@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -281,8 +282,8 @@ class Tokenizer:
             num_threads: 0 = one a core.
         """
         buffer, lengths = self._encode(self.bpe.encode_to_buffer, texts, prepend, num_threads)
-        ends = np.cumsum(lengths)
-        return np.split(np.frombuffer(buffer, np.int32), ends[:-1])[: len(texts)]
+        ids = np.frombuffer(buffer, np.int32)
+        return [ids[start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
 
     @staticmethod
     def _encode(encode: Callable[..., Any], *args: Any) -> Any:
