@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from itertools import pairwise
 
+import pyarrow.parquet as pq
 import pytest
 import regex
 import tiktoken
@@ -100,6 +101,21 @@ def test_encoding_equals_tiktoken_on_real_text():
     ranks = dict(fast.get_mergeable_ranks())
     reference = tiktoken.Encoding("reference", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
     assert fast.encode(ALL_TEXT) == reference.encode_ordinary(ALL_TEXT)
+
+
+@pytest.mark.slow
+def test_the_scanner_and_the_regular_expression_learn_the_same_of_a_whole_corpus(request):
+    folder = request.config.rootpath.parent / "shared" / "hub" / "datasets" / "local" / "edu-text-small"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/hub/datasets/local/edu-text-small to read")
+
+    def texts():
+        for path in sorted(folder.glob("*.parquet")):
+            for batch in pq.ParquetFile(path).iter_batches():
+                yield from batch.column("text").to_pylist()
+
+    scanned = trained(texts(), 32_768, pattern=SPLIT_PATTERN)
+    assert scanned.get_merges() == trained(texts(), 32_768, pattern=f"(?:{SPLIT_PATTERN})").get_merges()
 
 
 def test_of_equally_frequent_pairs_the_smaller_ids_are_merged_first():

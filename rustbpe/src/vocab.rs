@@ -304,6 +304,8 @@ fn single(token: &[u8]) -> Option<u8> {
 struct Trie {
     /// (node, next byte) -> (node, the token that ends there)
     children: FxHashMap<(u32, u8), (u32, u32)>,
+    /// By the first two bytes of a text: their node, or NONE, and the longest token that they begin with.
+    starts: Vec<(u32, u32)>,
     /// Of each node, and the token that ends at it.
     parents: Vec<u32>,
     tokens: Vec<u32>,
@@ -316,6 +318,7 @@ impl Trie {
     fn new<'t>(tokens: impl Iterator<Item = &'t [u8]>) -> Self {
         let mut trie = Self {
             children: FxHashMap::default(),
+            starts: Vec::new(),
             parents: vec![NONE],
             tokens: vec![NONE],
             nodes: Vec::new(),
@@ -323,7 +326,21 @@ impl Trie {
         for (token, id) in tokens.zip(0..) {
             trie.insert(token, id);
         }
+        let bytes = || 0..=u8::MAX;
+        trie.starts = bytes()
+            .flat_map(|first| bytes().map(move |second| (first, second)))
+            .map(|(a, b)| trie.start(a, b))
+            .collect();
         trie
+    }
+
+    fn start(&self, first: u8, second: u8) -> (u32, u32) {
+        let (node, byte) = self.children.get(&(0, first)).copied().unwrap_or((NONE, NONE));
+        match self.children.get(&(node, second)) {
+            Some(&(child, NONE)) => (child, byte),
+            Some(&found) => found,
+            None => (NONE, byte),
+        }
     }
 
     fn insert(&mut self, token: &[u8], id: u32) {
@@ -346,8 +363,14 @@ impl Trie {
 
     /// The longest token that `text` begins with.
     fn longest(&self, text: &[u8]) -> u32 {
-        let (mut node, mut found) = (0, NONE);
-        for &byte in text {
+        let (mut node, mut found, rest) = match *text {
+            [first, second, ref rest @ ..] => {
+                let (node, found) = self.starts[usize::from(first) << 8 | usize::from(second)];
+                (node, found, rest)
+            }
+            _ => (0, NONE, text),
+        };
+        for &byte in rest {
             let Some(&(child, token)) = self.children.get(&(node, byte)) else { break };
             node = child;
             if token != NONE {
