@@ -207,6 +207,7 @@ def test_merges_or_tokens_alone_make_the_same_tokenizer_again():
         ),
         (lambda: rustbpe.Tokenizer.from_merges(".", bytes(256), b""), "256 single bytes"),
         (lambda: rustbpe.Tokenizer.from_merges(".", bytes(range(256)), bytes([0, 1, 0, 0] * 2)), "cannot be the merge"),
+        (lambda: rustbpe.Tokenizer.from_merges(".", bytes(range(256)), bytes(9)), "merges has 9 bytes"),
         (lambda: rustbpe.Tokenizer.from_merges("(", bytes(range(256)), b""), "no regular expression"),
     ],
 )

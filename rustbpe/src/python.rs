@@ -47,6 +47,10 @@ impl Tokenizer {
 
     #[staticmethod]
     fn from_merges(pattern: &str, bytes: &[u8], merges: &[u8]) -> PyResult<Self> {
+        if !merges.len().is_multiple_of(8) {
+            let message = format!("merges has {} bytes; use two uint32 for each merge", merges.len());
+            return Err(PyValueError::new_err(message));
+        }
         let ids: Vec<u32> = merges.as_chunks().0.iter().map(|&id| u32::from_ne_bytes(id)).collect();
         let pairs: Vec<Pair> = ids.as_chunks().0.iter().map(|&[left, right]| (left, right)).collect();
         Ok(Self { splitter: Splitter::new(pattern)?, vocab: Vocab::new(bytes, &pairs)? })

@@ -192,11 +192,9 @@ impl Vocab {
     pub fn encode_chunk(&self, chunk: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
         if let Some(id) = self.id(chunk) {
             out.push(id);
-        } else if chunk.len() <= MAX_MERGED {
+        } else if chunk.len() <= MAX_MERGED || !self.fit_neighbours(chunk, &mut scratch.failed, out) {
             self.merge_plainly(chunk, scratch);
             out.extend_from_slice(&scratch.ids);
-        } else {
-            self.fit_neighbours(chunk, &mut scratch.failed, out);
         }
     }
 
@@ -222,14 +220,15 @@ impl Vocab {
         }
     }
 
-    /// The same in linear time.
+    /// The same in linear time, appended to `out`. False, and nothing appended, when no tokens fit, as can be only in
+    /// a vocabulary that no training makes.
     ///
     /// Ids are a chunk's encoding if and only if each two neighbours are `can_be_neighbours`, and only one such
     /// sequence exists. So take the longest token, then a shorter one when it does not fit the one before it, and
     /// step back when none does. `failed` marks places from which nothing leads to the end, so that each is tried
     /// once. (Observation and proof: H. van Antwerpen, A. Neubeck, "So many tokens, so little time", GitHub blog,
     /// 2024.)
-    fn fit_neighbours(&self, chunk: &[u8], failed: &mut Vec<bool>, out: &mut Vec<u32>) {
+    fn fit_neighbours(&self, chunk: &[u8], failed: &mut Vec<bool>, out: &mut Vec<u32>) -> bool {
         let trie = self.trie.get_or_init(|| Trie::new(self.tokens()));
         failed.clear();
         failed.resize(chunk.len() + 1, false);
@@ -238,7 +237,7 @@ impl Vocab {
         loop {
             if candidate == NONE {
                 failed[at] = true;
-                let Some(last) = (out.len() > first).then(|| out.pop()).flatten() else { return };
+                let Some(last) = (out.len() > first).then(|| out.pop()).flatten() else { return false };
                 at -= self.token_len(last);
                 candidate = trie.shorter(last);
                 continue;
@@ -252,7 +251,7 @@ impl Vocab {
             out.push(candidate);
             at = end;
             if at == chunk.len() {
-                return;
+                return true;
             }
             candidate = trie.longest(&chunk[at..]);
         }

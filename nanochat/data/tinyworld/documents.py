@@ -21,10 +21,8 @@ from nanochat.data.tinyworld.relations import relations
 from nanochat.data.tinyworld.stories import story
 from nanochat.data.tinyworld.words import spell, word_to_spell
 
-BLOCK_SIZE = {
-    "train": 1024,
-    "val": 128,
-}  # documents; one of validation costs as many drawn and dropped as VAL_SHARE says
+# Documents. A validation block is small, for each of its documents costs VAL_SHARE drawn ones.
+BLOCK_SIZE = {"train": 1024, "val": 128}
 NUM_BLOCKS = {"train": 4096, "val": 8}
 VAL_SHARE = 16  # one text in 16, by its hash, may only stand in the validation split
 CANONICAL_REPEATS = 12  # how often the plain statement stands among the longer ones
