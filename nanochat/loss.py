@@ -1,0 +1,165 @@
+"""Cross-entropy of a linear head under a soft cap, without the (N, V) fp32 logits.
+
+The logits live a chunk of rows at a time: their matmul, their loss and their gradient follow one another, so that on a
+CPU they stay in its cache and on a GPU their memory does not grow with N. For "sum" and "mean" the gradients are made
+in the forward pass (Hsu et al. 2024, arXiv 2410.10989) and the backward pass multiplies them by the upstream scalar, so
+that no logit is computed twice.
+
+One core of a loaded EPYC with AVX512-BF16, N 4,096, C 256, V 4,096, fp32, forward and backward in CPU time: the three
+matmuls 285 ms, the rest of this loss 29 ms; the plain loss 690 to 770 ms, compiled 450 to 480 ms.
+
+# N rows, C width, V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A chunk's logits: on a CPU they, and their softmax beside them, fit a last-level cache; 1 to 8 MB measured the same.
+CHUNK_BYTES_CPU = 4 << 20
+CHUNK_BYTES_GPU = 512 << 20
+MIN_ROWS = 128  # below it, adding to the (V, C) gradient of the head costs more than the chunk itself
+
+
+class SoftCap(NamedTuple):
+    """z = cap * tanh((u + shift) / scale). SoftCap(11.5, 15, 5) is the asymmetric 23 * sigmoid((u + 5) / 7.5) but for a
+    constant, which a softmax does not see. `cap` at most 40: see `_chunk`."""
+
+    cap: float = 15.0
+    scale: float = 15.0
+    shift: float = 0.0
+
+
+def capped(u: Tensor, cap: SoftCap) -> Tensor:
+    """(..., V) outputs of the head -> (..., V) fp32 logits: in bf16 a logit near 15 would be off by up to 0.03."""
+    return cap.cap * torch.tanh((u.to(_wide(u.dtype)) + cap.shift) / cap.scale)
+
+
+def plain_linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, cap: SoftCap, reduction: str = "mean"
+) -> Tensor:
+    """The same with all logits at once: what `linear_cross_entropy` is checked against."""
+    logits = capped(F.linear(x, weight.to(x.dtype)), cap)
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
+
+
+@torch.compiler.disable  # in a compiled model too: in cache, the in-place passes below cost what a compiled one does
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: SoftCap, reduction: str = "mean") -> Tensor:
+    """Loss in nats of the head `weight` on the features x.
+
+    Args:
+        x: (N, C) in the compute dtype.
+        weight: (V, C), fp32; cast to x.dtype once per call.
+        targets: (N,) int64, -1 = not counted.
+        reduction: "mean" over the counted targets (NaN if there is none, as torch has it), "sum" (0 if none) or "none".
+
+    Returns:
+        fp32 (), or for "none" (N,) with 0 where not counted.
+    """
+    if not torch.is_grad_enabled():
+        losses, _, _ = _chunks(x, weight, targets, cap)
+    else:
+        function = _LossPerRow if reduction == "none" else _LossSum
+        losses = function.apply(x, weight, targets, cap)  # type: ignore[no-untyped-call]
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total / (targets != -1).sum() if reduction == "mean" else total
+
+
+class _LossSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: SoftCap) -> Tensor:
+        losses, *grads = _chunks(x, weight, targets, cap, needs=ctx.needs_input_grad)
+        ctx.save_for_backward(*grads)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+        dx, dw = (None if grad is None else grad * upstream.to(grad.dtype) for grad in ctx.saved_tensors)
+        return dx, dw, None, None
+
+
+class _LossPerRow(torch.autograd.Function):
+    """The upstream gradient is a number per row, unknown in the forward pass: backward goes over the chunks again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: SoftCap) -> Tensor:
+        ctx.save_for_backward(x, weight, targets)
+        ctx.cap = cap
+        return _chunks(x, weight, targets, cap)[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+        x, weight, targets = ctx.saved_tensors
+        _, dx, dw = _chunks(x, weight, targets, ctx.cap, upstream, ctx.needs_input_grad)
+        return dx, dw, None, None
+
+
+def _chunks(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cap: SoftCap,
+    row_weights: Tensor | None = None,
+    needs: Sequence[bool] = (False, False),
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses (N,), and the gradients of sum(row_weights * losses) by x and by weight where `needs` says so.
+    row_weights: (N,) or None = 1."""
+    N, V = x.size(0), weight.size(0)
+    counted = (targets != -1).to(_wide(x.dtype))
+    row_weights = counted if row_weights is None else row_weights * counted
+    w = weight.to(x.dtype)
+    chunk_bytes = CHUNK_BYTES_CPU if x.device.type == "cpu" else CHUNK_BYTES_GPU
+    rows = max(MIN_ROWS, chunk_bytes // (V * counted.element_size()))
+    losses = torch.empty_like(counted)
+    dx = torch.empty_like(x) if needs[0] else None
+    dw = torch.zeros_like(weight) if needs[1] else None
+    for at in range(0, N, rows):
+        part = slice(at, at + rows)
+        losses[part], g = _chunk(x[part] @ w.T, targets[part], row_weights[part], cap, any(needs[:2]))
+        if dx is not None:
+            torch.mm(g, w, out=dx[part])
+        if dw is not None:
+            _add_product(dw, g.T, x[part])
+    return losses, dx, dw
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b. The total over the chunks is in the weight's fp32: in bf16 it would stop growing once it is 256
+    times what a chunk adds. A chunk's own sum is fp32 inside the matmul; on a CPU it leaves it rounded to bf16 once."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+    else:  # no CPU matmul takes bf16 and gives fp32
+        total += a @ b
+
+
+def _chunk(u: Tensor, targets: Tensor, row_weights: Tensor, cap: SoftCap, with_gradient: bool) -> tuple[Tensor, Any]:
+    """(n, V) outputs of the head, overwritten -> (n,) losses, (n, V) gradient of sum(row_weights * losses) by u.
+
+    With s = sigmoid(2 (u + shift) / scale), cap * tanh = 2 cap s - cap: every logit lies within 2 cap of the top, so a
+    softmax in fp32 needs no pass for the maximum (e^-80 is still a normal number), and dz/du = (4 cap / scale) s (1-s).
+    """
+    s = u.to(_wide(u.dtype)).add_(cap.shift).mul_(2 / cap.scale).sigmoid_()
+    e = (s - 1).mul_(2 * cap.cap).exp_()
+    total = e.sum(1)
+    at = targets.clamp(min=0)[:, None]
+    losses = (total.log() + (1 - s.gather(1, at)[:, 0]) * (2 * cap.cap)) * (targets != -1)
+    if not with_gradient:
+        return losses, None
+    row_weights = row_weights * (4 * cap.cap / cap.scale)
+    g = e.mul_((row_weights / total)[:, None])
+    g.scatter_add_(1, at, -row_weights[:, None])
+    return losses, g.mul_(s.addcmul_(s, s, value=-1)).to(u.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What the loss is computed in: fp32, or fp64 if x has it."""
+    return torch.promote_types(dtype, torch.float32)

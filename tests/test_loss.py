@@ -1,0 +1,88 @@
+"""The fused head and loss against the plain one, which holds all logits at once."""
+
+import pytest
+import torch
+
+from nanochat import loss
+from nanochat.loss import SoftCap, linear_cross_entropy, plain_linear_cross_entropy
+
+SYMMETRIC, ASYMMETRIC = SoftCap(), SoftCap(11.5, 15.0, 5.0)
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_BYTES_CPU", 0)
+    monkeypatch.setattr(loss, "MIN_ROWS", 16)
+
+
+def case(dtype=torch.float64, N=53, C=12, V=37, scale=3.0):
+    """53 rows are three chunks of 16 and one of 5; every third target is not counted."""
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(N, C, generator=gen, dtype=torch.float64)
+    weight = scale * torch.randn(V, C, generator=gen, dtype=torch.float64)
+    targets = torch.randint(0, V, (N,), generator=gen)
+    targets[::3] = -1
+    weight = weight if dtype == torch.float64 else weight.float()
+    return x.to(dtype).requires_grad_(), weight.requires_grad_(), targets
+
+
+def loss_and_grads(function, x, weight, targets, cap, reduction):
+    value = function(x, weight, targets, cap, reduction)
+    upstream = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view_as(value) if value.ndim else 0.3
+    return value, *torch.autograd.grad((value * upstream).sum(), (x, weight))
+
+
+@pytest.mark.parametrize("cap", [SYMMETRIC, ASYMMETRIC])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_loss_and_gradients_equal_the_plain_ones_to_fp64(cap, reduction):
+    fused = loss_and_grads(linear_cross_entropy, *case(), cap, reduction)
+    plain = loss_and_grads(plain_linear_cross_entropy, *case(), cap, reduction)
+    torch.testing.assert_close(fused, plain, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_in_lower_precision_they_are_close_to_fp64_and_have_the_dtypes_of_the_inputs(dtype, tolerance, reduction):
+    fused = loss_and_grads(linear_cross_entropy, *case(dtype), SYMMETRIC, reduction)
+    plain = loss_and_grads(plain_linear_cross_entropy, *case(), SYMMETRIC, reduction)
+    assert [t.dtype for t in fused] == [torch.float32, dtype, torch.float32]
+    for got, wanted in zip(fused, plain, strict=True):
+        assert (got.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def test_with_no_target_the_sum_is_zero_the_mean_nan_and_no_gradient_is_lost_to_nan_in_the_sum():
+    x, weight, targets = case()
+    none = torch.full_like(targets, -1)
+    total, dx, dw = loss_and_grads(linear_cross_entropy, x, weight, none, SYMMETRIC, "sum")
+    assert total == 0 and not dx.any() and not dw.any()
+    assert not linear_cross_entropy(x, weight, none, SYMMETRIC, "none").any()
+    for function in (linear_cross_entropy, plain_linear_cross_entropy):
+        assert function(x, weight, none, SYMMETRIC, "mean").isnan()
+
+
+def test_the_cap_of_40_does_not_underflow_at_the_extremes():
+    x = torch.tensor([[1e4]])
+    weight = torch.tensor([[1.0], [-1.0]])
+    for target in (0, 1):
+        args = x, weight, torch.tensor([target]), SoftCap(40.0, 15.0)
+        torch.testing.assert_close(linear_cross_entropy(*args), plain_linear_cross_entropy(*args))
+
+
+def test_only_the_wanted_gradients_are_computed(monkeypatch):
+    asked = []
+    chunk = loss._chunk
+    monkeypatch.setattr(loss, "_chunk", lambda *args: asked.append(args[-1]) or chunk(*args))
+    x, weight, targets = case()
+    with torch.no_grad():
+        linear_cross_entropy(x, weight, targets, SYMMETRIC, "sum")
+    assert asked == [False] * 4
+    linear_cross_entropy(x, weight.detach(), targets, SYMMETRIC, "sum").backward()
+    assert asked[4:] == [True] * 4 and x.grad is not None and weight.grad is None
+
+
+def test_the_sum_of_chunks_in_bf16_does_not_stop_growing():
+    """512 chunks that each add the same to the head's gradient: in bf16 the total would stay at 256 times that."""
+    N = 512 * loss.MIN_ROWS
+    x, weight = torch.ones(N, 1, dtype=torch.bfloat16), torch.zeros(2, 1, requires_grad=True)
+    linear_cross_entropy(x, weight, torch.zeros(N, dtype=torch.int64), SYMMETRIC, "sum").backward()
+    torch.testing.assert_close(weight.grad, torch.tensor([[-0.5 * N], [0.5 * N]]))
