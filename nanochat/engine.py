@@ -184,7 +184,7 @@ class Engine:
             if waiting and (not active or free >= COMPACT_AT * slots):
                 new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
                 new_cache, new_logits = self._prefill([row.prompt for row in new])
-                cache = new_cache if cache is None else _join(cache, new_cache)
+                cache = new_cache if cache is None else cache.join(new_cache)
                 logits = new_logits if logits is None else torch.cat((logits, new_logits))
                 active += new
             assert logits is not None and cache is not None
@@ -236,7 +236,7 @@ class Engine:
             x = self.model.features(idx.to(device), part)  # (B, T, C): no logits for positions inside prompts
             part.lengths = lengths.to(device)  # what padding left beyond a row's length gets overwritten
             logits.append(self.model.logits(x[torch.arange(len(chunk)), lengths - 1]))
-            cache = part if cache is None else _join(cache, part)
+            cache = part if cache is None else cache.join(part)
             at += len(chunk)
         assert cache is not None
         place = {prompt: i for i, prompt in enumerate(unique)}
@@ -250,20 +250,9 @@ class Engine:
         if longest > cache.max_len:  # grows by half, so that the copies stay cheap beside the steps between
             wider = min(longest + max(64, longest // 2), self.model.config.max_positions)
             everything = cache.select(torch.arange(len(active), device=self.model.device), wider)
-            cache.k, cache.v = everything.k, everything.v
+            cache.k, cache.v, cache.tokens = everything.k, everything.v, everything.tokens
         idx = torch.tensor([[row.ids[-1]] for row in active], device=self.model.device)
         return self.model(idx, cache=cache)[:, -1]
-
-
-@torch.inference_mode()
-def _join(first: KVCache, second: KVCache) -> KVCache:
-    """One cache with the rows of both."""
-    width = max(first.max_len, second.max_len)
-    first, second = (cache.select(torch.arange(len(cache.lengths)), width) for cache in (first, second))
-    first.k = torch.cat((first.k, second.k), dim=1)
-    first.v = torch.cat((first.v, second.v), dim=1)
-    first.lengths = torch.cat((first.lengths, second.lengths))
-    return first
 
 
 @torch.inference_mode()

@@ -1,7 +1,6 @@
 """The model: a decoder-only transformer (Vaswani et al. 2017, arXiv 1706.03762) with rotary positions
 (Su et al. 2021, arXiv 2104.09864), RMS norm without parameters, QK norm, squared ReLU (So et al. 2021,
-arXiv 2109.08668), untied embeddings, no biases and a soft cap on the logits. That is `plain`; `modern` differs by
-`offset_keys` and by `QK_INIT`.
+arXiv 2109.08668), untied embeddings, no biases and a soft cap on the logits. That is `plain`; `modern` adds EXTRAS.
 
 # B rows, T positions, C = n_embd, H = n_head, H_kv = n_kv_head, D = head_dim, V = vocab_size
 """
@@ -12,6 +11,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,16 +19,21 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import cached_attention, causal_attention
 from nanochat.config import InputError
+from nanochat.loss import SoftCap, capped, linear_cross_entropy
 from nanochat.scaling import Shape
 
 ARCHS = ("plain", "modern")
-LOGIT_CAP = 15.0
+# What `modern` adds to `plain`. Each does nothing or little at the start and can be left out by itself (bench/ablate.py).
+EXTRAS = ("lambdas", "value_embeds", "bigram", "offset_keys", "small_qk")
+LOGIT_CAP = SoftCap(cap=15.0, scale=15.0)
 ROPE_BASE = 10_000.0
-LOGITS_AT_ONCE = 1 << 28  # 1 GiB of fp32; beyond it the loss is computed in chunks
 ROPE_SPAN = 10  # rotary tables reach this many times sequence_len
-# Scale of the initial c_q and c_k in `modern`. QK norm takes the scale of queries and keys away, so a smaller start
+# Scale of the initial c_q and c_k with "small_qk". QK norm takes the scale of queries and keys away, so a smaller start
 # only means that the same steps turn them further: a copying task takes 100 steps, not 150 (docs/EXPERIMENTS.md).
 QK_INIT = 0.1
+GATE_CHANNELS = 12  # of the normalised residual stream, that the gate of the value embeddings reads
+BIGRAM_ROWS = 5  # rows of the bigram table per token of the vocabulary
+BIGRAM_SIGNS = 1024
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class GPTConfig:
     n_kv_head: int = 6
     n_embd: int = 768
     arch: str = "plain"
+    extras: tuple[str, ...] | None = None  # None = all of the arch's
 
     def __post_init__(self) -> None:
         if self.arch not in ARCHS:
@@ -48,14 +54,23 @@ class GPTConfig:
             raise InputError(f"n_embd {self.n_embd} does not give {self.n_head} heads of an even size")
         if self.n_head % self.n_kv_head:
             raise InputError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+        extras = (EXTRAS if self.arch == "modern" else ()) if self.extras is None else tuple(self.extras)
+        object.__setattr__(self, "extras", extras)
+        if unknown := set(extras) - set(EXTRAS):
+            raise InputError(f"extras {sorted(unknown)} are not known; use some of {', '.join(EXTRAS)}")
+
+    def has(self, extra: str) -> bool:
+        assert extra in EXTRAS and self.extras is not None
+        return extra in self.extras
+
+    @property
+    def value_layers(self) -> list[int]:
+        """Layers with value embeddings: every second one, the last included (spec of the reference's later model)."""
+        return [i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2] if self.has("value_embeds") else []
 
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
-
-    @property
-    def is_modern(self) -> bool:
-        return self.arch == "modern"
 
     @property
     def max_positions(self) -> int:
@@ -75,14 +90,15 @@ class KVCache:
     """Keys and values of a batch of rows, each row with its own length.
 
     k, v: (n_layer, B, max_len, H_kv, D), k with one slot more for what the last key passes on (`offset_keys`);
-    lengths: (B,) int64, tokens held per row.
+    tokens: (B, max_len) int64, their ids; lengths: (B,) int64, tokens held per row.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device: Any, dtype: torch.dtype) -> None:
-        self.has_offset_keys = config.is_modern
+        self.has_offset_keys = config.has("offset_keys")
         L, H, D = config.n_layer, config.n_kv_head, config.head_dim
         self.k = torch.zeros(L, batch_size, max_len + 1, H, D, device=device, dtype=dtype)
         self.v = torch.zeros(L, batch_size, max_len, H, D, device=device, dtype=dtype)
+        self.tokens = torch.zeros(batch_size, max_len, device=device, dtype=torch.int64)
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)
 
     @property
@@ -93,11 +109,26 @@ class KVCache:
         """A cache of the given rows (int64 indices, repeats allowed), widened to max_len if given."""
         new = object.__new__(KVCache)
         new.has_offset_keys = self.has_offset_keys
-        new.k, new.v, new.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+        new.k, new.v = self.k[:, rows], self.v[:, rows]
+        new.tokens, new.lengths = self.tokens[rows], self.lengths[rows]
         if max_len is not None and max_len > self.max_len:
             pad = (0, 0, 0, 0, 0, max_len - self.max_len)
-            new.k, new.v = F.pad(new.k, pad), F.pad(new.v, pad)
+            new.k, new.v, new.tokens = F.pad(new.k, pad), F.pad(new.v, pad), F.pad(new.tokens, pad[4:])
         return new
+
+    def join(self, other: KVCache) -> KVCache:
+        """A cache with the rows of both."""
+        width = max(self.max_len, other.max_len)
+        new, tail = (c.select(torch.arange(len(c.lengths), device=c.lengths.device), width) for c in (self, other))
+        new.k, new.v = torch.cat((new.k, tail.k), dim=1), torch.cat((new.v, tail.v), dim=1)
+        new.tokens, new.lengths = torch.cat((new.tokens, tail.tokens)), torch.cat((new.lengths, tail.lengths))
+        return new
+
+    def previous(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """Keep the ids (B, T) that go to the (B, T) positions; returns the id before each, -1 before the first."""
+        rows = torch.arange(idx.size(0), device=idx.device)[:, None]
+        self.tokens[rows, positions] = idx
+        return torch.where(positions > 0, self.tokens[rows, positions - 1], -1)
 
     def insert(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Write (B, T, H_kv, D) at each row's (B, T) positions; returns the layer's slots 0..end."""
@@ -160,16 +191,24 @@ class Attention(nn.Module):
         self.c_k = Linear(C, config.n_kv_head * D)
         self.c_v = Linear(C, config.n_kv_head * D)
         self.c_proj = Linear(C, C)
+        if layer in config.value_layers:
+            self.value_gate = Linear(min(GATE_CHANNELS, C), config.n_kv_head)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], slots: Slots | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], slots: Slots | None, values: Tensor | None) -> Tensor:
+        """x: (B, T, C) normalised; values: (B, T, H_kv*D), what the tokens' ids add to the values."""
         B, T, C = x.shape
         D = self.config.head_dim
         q = self.c_q(x).view(B, T, -1, D)
         k = self.c_k(x).view(B, T, -1, D)
         v = self.c_v(x).view(B, T, -1, D)
+        if values is not None:
+            gate = 3 * torch.sigmoid(
+                self.value_gate(x[..., : self.value_gate.in_features])
+            )  # (B, T, H_kv), from 1.5 on
+            v = v + gate[..., None] * values.view(v.shape)
         q, k = norm(rotate(q, *rope)), norm(rotate(k, *rope))
         if slots is None:
-            y = causal_attention(q, offset_keys(k) if self.config.is_modern else k, v)
+            y = causal_attention(q, offset_keys(k) if self.config.has("offset_keys") else k, v)
         else:
             k, v = slots.cache.insert(self.layer, k, v, slots.positions, slots.end)
             y = cached_attention(q, k, v, slots.positions)
@@ -192,9 +231,34 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], slots: Slots | None) -> Tensor:
-        x = x + self.attn(norm(x), rope, slots)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], slots: Slots | None, values: Tensor | None) -> Tensor:
+        x = x + self.attn(norm(x), rope, slots, values)
         return x + self.mlp(norm(x))
+
+
+class Bigrams(nn.Embedding):
+    """A vector for each pair of a token and the one before it: rows of a table by a hash, multiplied by random signs that
+    another hash picks, so that pairs which share a row disturb each other like noise, not like a bias.
+
+    Hashed bigram embeddings with signs: records 62 and 83 of the modded-nanogpt speedrun (2026); hashing with signs:
+    Weinberger et al. 2009, arXiv 0902.2206.
+    """
+
+    signs: Tensor  # (BIGRAM_SIGNS, C), not stored: the same in every model of a width
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(BIGRAM_ROWS * config.vocab_size, config.n_embd)
+        self.fill_buffers()
+
+    def fill_buffers(self) -> None:
+        draws = np.random.default_rng(0).integers(0, 2, (BIGRAM_SIGNS, self.embedding_dim))
+        self.register_buffer("signs", torch.from_numpy(2.0 * draws - 1.0).float(), persistent=False)
+
+    def forward(self, idx: Tensor, previous: Tensor) -> Tensor:
+        """(B, T) ids and the ids before them, -1 = none -> (B, T, C) fp32. The last row is for the latter."""
+        mixed = (36_313 * idx) ^ (27_191 * previous)
+        row = torch.where(previous < 0, self.num_embeddings - 1, mixed % (self.num_embeddings - 1))
+        return super().forward(row) * self.signs[(idx ^ previous) % BIGRAM_SIGNS]
 
 
 @dataclass(frozen=True)
@@ -219,12 +283,26 @@ class GPT(nn.Module):
                 "h": nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
             }
         )
+        L = config.n_layer
+        if config.has("value_embeds"):
+            width = config.n_kv_head * config.head_dim
+            tables = {str(i): nn.Embedding(config.vocab_size, width) for i in config.value_layers}
+            self.transformer["value_embeds"] = nn.ModuleDict(tables)
+        if config.has("bigram"):
+            self.transformer["bigram"] = Bigrams(config)
+            self.bigram_lambdas = nn.Parameter(torch.empty(L))
+        if config.has("lambdas"):
+            self.resid_lambdas = nn.Parameter(torch.empty(L))
+            self.x0_lambdas = nn.Parameter(torch.empty(L))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.compute_dtype = torch.float32
+        self.recompute = False  # activations of blocks in the backward pass instead of keeping them: less memory
         self.fill_buffers()
 
     def fill_buffers(self) -> None:
-        """The rotary tables; again after the model was built without storage."""
+        """The rotary tables and signs; again after the model was built without storage."""
+        if self.config.has("bigram"):
+            self.transformer["bigram"].fill_buffers()
         cos, sin = rope_tables(self.config.max_positions, self.config.head_dim)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -246,7 +324,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Matrices N(0, s), s = min(1, sqrt(fan_out/fan_in)) / sqrt(fan_in); embeddings N(0, 1); the
-        output head and what writes into the residual stream start at zero, so the first loss is ln V."""
+        output head and what writes into the residual stream start at zero, so the first loss is ln V. Value embeddings
+        are as large as the values beside them; bigrams and gates start at zero."""
         for module in self.modules():
             if isinstance(module, Linear):
                 fan_out, fan_in = module.weight.shape
@@ -256,9 +335,23 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
-            if self.config.is_modern:
+            if self.config.has("small_qk"):
                 block.attn.c_q.weight.mul_(QK_INIT)
                 block.attn.c_k.weight.mul_(QK_INIT)
+            if block.attn.layer in self.config.value_layers:
+                block.attn.value_gate.weight.zero_()
+        if self.config.has("value_embeds"):
+            for table in self.transformer["value_embeds"].values():
+                table.weight.normal_(0.0, self.config.n_embd**-0.5)
+        # the ramps of the reference's later model: what early layers write counts more, the embedding itself less and less
+        ramp = torch.linspace(0, 1, self.config.n_layer)
+        if self.config.has("lambdas"):
+            self.resid_lambdas.copy_(1.15 - 0.10 * ramp)
+            self.x0_lambdas.copy_(0.20 - 0.15 * ramp)
+        if self.config.has("bigram"):
+            self.transformer["bigram"].weight.zero_()
+            self.bigram_lambdas.fill_(0.05)
+            self.bigram_lambdas[0] = 0.1
 
     @property
     def wte(self) -> nn.Embedding:
@@ -297,27 +390,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         x, targets = x.view(-1, x.size(-1)), targets.reshape(-1)
-        if x.size(0) * self.config.vocab_size <= LOGITS_AT_ONCE:
-            return self.loss(x, targets, reduction)
-        return self._chunked_loss(x, targets, reduction)
-
-    def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """Cross-entropy of (N, C) features against (N,) targets, in fp32."""
-        return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction=reduction)
-
-    def _chunked_loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """The same loss without ever holding all logits: chunks of rows, whose logits are computed again in the
-        backward pass. 32 x 2,048 positions of a 65,536 vocabulary would be 17 GB of fp32 logits at once."""
-        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
-        inner = "none" if reduction == "none" else "sum"
-        losses = [
-            checkpoint(self.loss, x_chunk, t_chunk, inner, use_reentrant=False)
-            for x_chunk, t_chunk in zip(x.split(rows), targets.split(rows), strict=True)
-        ]
-        if reduction == "none":
-            return torch.cat(losses)
-        total = torch.stack(losses).sum()
-        return total / (targets != -1).sum() if reduction == "mean" else total
+        return linear_cross_entropy(x, self.lm_head.weight, targets, LOGIT_CAP, reduction)
 
     def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, C), the normalised residual stream that the head reads."""
@@ -325,22 +398,36 @@ class GPT(nn.Module):
         if cache is None:
             self._check_span(T)
             slots, rope = None, (self.cos[:T][None, :, None], self.sin[:T][None, :, None])
+            previous = F.pad(idx[:, :-1], (1, 0), value=-1)
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=idx.device)  # (B, T)
             end = int(positions[:, -1].max()) + 1
             self._check_span(end)
             slots = Slots(cache, positions, end)
             rope = (self.cos[positions][:, :, None], self.sin[positions][:, :, None])
-        x = norm(self.wte(idx).to(self.compute_dtype))
-        for block in self.blocks:
-            x = block(x, rope, slots)
+            previous = cache.previous(idx, positions)
+        dtype = self.compute_dtype
+        x = x0 = norm(self.wte(idx).to(dtype))
+        bigrams = self.transformer["bigram"](idx, previous).to(dtype) if self.config.has("bigram") else None
+        for i, block in enumerate(self.blocks):
+            if self.config.has("lambdas"):
+                x = self.resid_lambdas[i].to(dtype) * x + self.x0_lambdas[i].to(dtype) * x0
+            if bigrams is not None:
+                x = x + self.bigram_lambdas[i].to(dtype) * bigrams
+            values = None
+            if i in self.config.value_layers:
+                values = self.transformer["value_embeds"][str(i)](idx).to(dtype)
+            if self.recompute and self.training:
+                x = checkpoint(block, x, rope, slots, values, use_reentrant=False)
+            else:
+                x = block(x, rope, slots, values)
         if cache is not None:
             cache.lengths = cache.lengths + T
         return norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., V) fp32: in bf16 a capped logit near 15 would be off by up to 0.03."""
-        return LOGIT_CAP * torch.tanh(self.lm_head(x).float() / LOGIT_CAP)
+        return capped(self.lm_head(x), LOGIT_CAP)
 
     def _check_span(self, positions: int) -> None:
         if positions > self.config.max_positions:

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from nanochat import attention, gpt
 from nanochat.config import InputError
@@ -89,11 +88,50 @@ def test_a_key_of_the_modern_model_shows_in_its_slow_channels_the_token_before()
     ]
 
 
-def test_the_modern_model_has_the_same_weights_and_starts_with_small_queries_and_keys():
-    plain, modern = tiny_gpt(std=None), tiny_gpt(std=None, arch="modern")
-    for (name, p), (other, m) in zip(plain.named_parameters(), modern.named_parameters(), strict=True):
+def test_small_queries_and_keys_are_all_that_differs_at_the_start():
+    plain, small = tiny_gpt(std=None), tiny_gpt(std=None, arch="modern", extras=("small_qk",))
+    for (name, p), (other, m) in zip(plain.named_parameters(), small.named_parameters(), strict=True):
         assert name == other
         torch.testing.assert_close(m, p * (0.1 if ".c_q." in name or ".c_k." in name else 1.0))
+
+
+def test_every_extra_can_stand_alone_with_a_cache_as_without():
+    for extra in gpt.EXTRAS:
+        model, idx = tiny_gpt(arch="modern", extras=(extra,)), some_ids(2, 9)
+        with torch.no_grad():
+            cached = fill(model.new_cache(2, 9), model, idx, [4, 1, 1, 3])
+            torch.testing.assert_close(cached, model(idx), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pair_of_tokens_has_its_row_and_its_signs():
+    table = tiny_gpt(arch="modern").transformer["bigram"]
+    idx = torch.tensor([[7, 7, 3]])
+    got = table(idx, torch.tensor([[-1, 7, 7]]))
+    for t, (token, before) in enumerate([(7, -1), (7, 7), (3, 7)]):
+        row = len(table.weight) - 1
+        if before >= 0:
+            row = ((36_313 * token) ^ (27_191 * before)) % row
+        assert set(table.signs[(token ^ before) % 1024].tolist()) == {-1.0, 1.0}
+        torch.testing.assert_close(got[0, t], table.weight[row] * table.signs[(token ^ before) % 1024])
+
+
+def test_value_embeddings_are_on_every_second_layer_up_to_the_last():
+    assert tiny_gpt(arch="modern", n_layer=4).config.value_layers == [1, 3]
+    assert tiny_gpt(arch="modern", n_layer=3).config.value_layers == [0, 2]
+
+
+@pytest.mark.parametrize("arch", gpt.ARCHS)
+def test_blocks_computed_again_in_the_backward_pass_give_the_same_gradients(arch):
+    idx, targets = some_ids(2, 9), some_ids(2, 9, seed=3)
+
+    def grads(recompute: bool) -> list[torch.Tensor | None]:
+        model = tiny_gpt(arch=arch)
+        model.recompute = recompute
+        model(idx, targets).backward()
+        return [p.grad for p in model.parameters()]
+
+    for a, b in zip(grads(False), grads(True), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_only_the_distance_between_positions_matters_to_a_rotated_score():
@@ -250,38 +288,6 @@ def test_the_sum_over_no_target_is_zero():
     assert tiny_gpt()(some_ids(1, 4), torch.full((1, 4), -1), reduction="sum").item() == 0
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("rows_at_once", [1, 7, 32])
-def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_loss(monkeypatch, reduction, rows_at_once):
-    idx, targets = some_ids(3, 11), masked_targets()
-    weights = torch.rand(33, generator=torch.Generator().manual_seed(0)) if reduction == "none" else torch.ones(())
-
-    def loss_and_grads() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        model = tiny_gpt()
-        loss = model(idx, targets, reduction=reduction)
-        (loss * weights).sum().backward()
-        return loss.detach(), [p.grad for p in model.parameters()]
-
-    plain, plain_grads = loss_and_grads()
-    widest = []
-    cross_entropy = F.cross_entropy
-    monkeypatch.setattr(F, "cross_entropy", lambda x, *a, **kw: widest.append(len(x)) or cross_entropy(x, *a, **kw))
-    monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", rows_at_once * 50)
-    chunked, chunked_grads = loss_and_grads()
-    assert max(widest) == rows_at_once  # 33 rows were never held at once
-    torch.testing.assert_close(chunked, plain)
-    for a, b in zip(chunked_grads, plain_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-@torch.no_grad()
-def test_the_chunked_loss_needs_no_gradient(monkeypatch):
-    model, idx, targets = tiny_gpt(), some_ids(3, 11), masked_targets()
-    plain = model(idx, targets)
-    monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", 100)
-    torch.testing.assert_close(model(idx, targets), plain)
-
-
 # Sizes that cannot be ----------------------------------------------------------------------------
 
 
@@ -292,6 +298,7 @@ def test_the_chunked_loss_needs_no_gradient(monkeypatch):
         (dict(n_embd=9, n_head=3, n_kv_head=3), "heads of an even size"),
         (dict(n_head=6, n_kv_head=4), "n_head 6 is no multiple of n_kv_head 4"),
         (dict(arch="mamba"), "arch 'mamba' is not known; use one of"),
+        (dict(arch="modern", extras=("moe",)), "extras .'moe'. are not known; use some of lambdas"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(sizes, message):
