@@ -15,8 +15,9 @@ from nanochat.optim import Group, MuonAdamW, build_optimizer, orthogonalize
 from nanochat.runtime import Runtime
 from tests.conftest import tiny_gpt
 
-# Two ranks cannot share these evenly: 21 and 1 elements, 3 matrices of one shape and 1 of another.
-ADAMW_SHAPES = {"odd": (7, 3), "one": (1,), "even": (4, 4)}
+# Ranks cannot share these evenly: 1,221 elements, 3 matrices of one shape and 1 of another. Below 1,024 elements they
+# do not try.
+ADAMW_SHAPES = {"odd": (37, 33), "one": (1,), "small": (4, 4)}
 MUON_SHAPES = {"wide0": (4, 6), "wide1": (4, 6), "wide2": (4, 6), "tall": (6, 4)}
 
 
@@ -175,7 +176,7 @@ def test_clipping_is_torchs_clipping_by_the_norm_over_all_gradients(max_norm):
 def test_a_parameter_without_gradient_takes_a_zero_and_gradients_are_cleared():
     params, optimizer = make(weight_decay=0.0)
     before = values(params)
-    params["odd"].grad = torch.ones(7, 3)
+    params["odd"].grad = torch.ones(37, 33)
     optimizer.step()
     assert all(p.grad is None for p in params.values())
     assert not torch.equal(params["odd"], before["odd"])
@@ -300,9 +301,8 @@ def test_two_ranks_clip_by_the_norm_of_the_mean_gradient(one_and_two):
 def test_a_rank_holds_half_of_the_optimizer_state(one_and_two):
     shares = {name: n.item() for name, n in one_and_two("shares").items()}
     assert shares == {
-        "odd": 2 * 11,  # two moments of 21 elements
-        "one": 2 * 1,
-        "even": 2 * 8,
+        "odd": 2 * 611,  # two moments of 1,221 elements
+        "one": 2 * (1 + 16),  # and of the small tensors, whole on each rank
         "wide0": 2 * 24,  # 2 of 3 matrices
         "tall": 24,  # the only one
     }
