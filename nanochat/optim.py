@@ -202,6 +202,7 @@ class MuonAdamW:
         if self.world == 1:
             shard.grad = full
             return lambda: None
+        work: dist.Work | None
         if shard.replicated:
             shard.grad = full
             work = dist.all_reduce(full, async_op=True)
@@ -210,6 +211,7 @@ class MuonAdamW:
             work = dist.reduce_scatter_tensor(shard.grad, full, async_op=True)
 
         def arrive(full: Tensor = full) -> None:  # holds what is being sent
+            assert work is not None
             work.wait()
             self._grad(shard).div_(self.world)
 
@@ -225,24 +227,25 @@ class MuonAdamW:
         shard.grad = None
         if not shard.state:
             shard.state = {key: w.new_zeros(shape) for key, shape in state_shapes(shard, w).items()}
-        state, decay = shard.state, group.lr * group.weight_decay * self.decay_multiplier
+        state, number = shard.state, self._number
+        decay = group.lr * group.weight_decay * self.decay_multiplier
         if group.kind == "adamw":
             beta1, beta2 = group.betas
-            correction1, correction2 = 1 - beta1**self.step_count, 1 - beta2**self.step_count
-            hyper = [1 - beta1, 1 - beta2, group.lr / correction1, correction2**-0.5, group.eps, decay]
-            self.adamw(w, g, state["exp_avg"], state["exp_avg_sq"], *self._numbers(hyper), group.cautious)
+            step_size = group.lr / (1 - beta1**self.step_count)
+            root = (1 - beta2**self.step_count) ** -0.5
+            hyper = [number(x) for x in (1 - beta1, 1 - beta2, step_size, root, group.eps, decay)]
+            self.adamw(w, g, state["exp_avg"], state["exp_avg_sq"], hyper, group.cautious)
             return
         scale = shape_factor(*w.shape[-2:])
+        hyper = [number(x) for x in (group.lr * scale, group.momentum, 1 - group.beta2, decay * scale)]
         if group.kind == "muon":
-            hyper = [group.lr * scale, group.momentum]
-            self.muon(w, g, state["momentum"], *self._numbers(hyper), self.muon_dtype)
+            self.muon(w, g, state["momentum"], hyper[:2], self.muon_dtype)
         else:
-            hyper = [group.lr * scale, group.momentum, 1 - group.beta2, decay * scale]
-            self.normuon(w, g, state["momentum"], state["second_moment"], *self._numbers(hyper), self.muon_dtype)
+            self.normuon(w, g, state["momentum"], state["second_moment"], hyper, self.muon_dtype)
 
-    def _numbers(self, values: Sequence[float]) -> Sequence[Number]:
-        """Compiled code would be compiled again for each new float; a tensor on the CPU is an input to it."""
-        return [torch.tensor(x, dtype=torch.float32) for x in values] if self.compile else values
+    def _number(self, value: float) -> Number:
+        """Code would be compiled again for each new float; a tensor on the CPU is an input to it."""
+        return torch.tensor(value, dtype=torch.float32) if self.compile else value
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state under parameter names, gathered from all ranks (call it on all); it loads on any
@@ -300,23 +303,12 @@ def state_shapes(shard: Shard, w: Tensor) -> dict[str, tuple[int, ...]]:
 # Updates, in place: w weights, g gradient (overwritten) -------------------------------------------
 
 
-def adamw_(
-    w: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    rate1: Number,
-    rate2: Number,
-    step_size: Number,
-    root: Number,
-    eps: Number,
-    decay: Number,
-    cautious: bool,
-) -> None:
+def adamw_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Sequence[Number], cautious: bool) -> None:
     """Adam with decoupled decay (Loshchilov & Hutter 2019, arXiv 1711.05101). All tensors of one shape.
 
-    rate = 1 - beta, step_size = lr / (1 - beta1^t), root = (1 - beta2^t)^-0.5, decay = lr * weight_decay.
+    hyper: 1 - beta1; 1 - beta2; lr / (1 - beta1^t); (1 - beta2^t)^-0.5; epsilon; lr * weight_decay.
     """
+    rate1, rate2, step_size, root, eps, decay = hyper
     m.lerp_(g, rate1)
     v.lerp_(g.square_(), rate2)
     update = m / v.sqrt().mul_(root).add_(eps)
@@ -327,28 +319,23 @@ def adamw_(
     w.sub_(update.mul_(step_size))
 
 
-def muon_(w: Tensor, g: Tensor, m: Tensor, lr: Number, momentum: Number, dtype: torch.dtype) -> None:
-    """Nesterov momentum, orthogonalised (Jordan et al. 2024). w, g, m: (K, m, n); lr with the shape factor."""
+def muon_(w: Tensor, g: Tensor, m: Tensor, hyper: Sequence[Number], dtype: torch.dtype) -> None:
+    """Nesterov momentum, orthogonalised (Jordan et al. 2024).
+
+    w, g, m: (K, m, n); hyper: lr with the shape factor; momentum.
+    """
+    lr, momentum = hyper
     update = orthogonalize(nesterov(g, m, momentum), dtype)
     w.sub_(update.float() * lr)
 
 
-def normuon_(
-    w: Tensor,
-    g: Tensor,
-    m: Tensor,
-    second: Tensor,
-    lr: Number,
-    momentum: Number,
-    rate2: Number,
-    decay: Number,
-    dtype: torch.dtype,
-) -> None:
+def normuon_(w: Tensor, g: Tensor, m: Tensor, second: Tensor, hyper: Sequence[Number], dtype: torch.dtype) -> None:
     """NorMuon (Li et al. 2025, arXiv 2510.05491) between MuonEq, Muon+ and cautious decay.
 
-    w, g, m: (K, m, n); second: (K, m, 1) or (K, 1, n); rate2 = 1 - beta2; lr and decay (which holds lr too) with the
-    shape factor.
+    w, g, m: (K, m, n); second: (K, m, 1) or (K, 1, n).
+    hyper: lr with the shape factor; momentum; 1 - beta2; weight decay times the first.
     """
+    lr, momentum, rate2, decay = hyper
     update = equalize_rows(nesterov(g, m, momentum))
     update = unit_scale(polar(update, dtype).float())
     update = even_out(update, second, rate2)
