@@ -1,28 +1,59 @@
-"""Muon for matrices, AdamW for the rest, with state sharded over the ranks: one code path for 1 and N.
+"""Muon or NorMuon for matrices, AdamW for the rest, with state sharded over the ranks: one code path for 1 and N.
 
 Gradients arrive unsynchronised. A step averages them by reduce-scatter, so that each rank holds one shard of the
 averaged gradient, updates its shard of the weights with its shard of the state, and gathers the weights back
-(Rajbhandari et al. 2020, arXiv 1910.02054, stage 2). AdamW tensors are cut flat; Muon's same-shaped matrices are
-stacked and whole matrices dealt out, because orthogonalisation needs all of a matrix.
+(Rajbhandari et al. 2020, arXiv 1910.02054, stage 2). All reductions are under way before the first update, and each
+gather runs beside the updates after it. AdamW tensors are cut flat; same-shaped matrices are stacked and whole
+matrices dealt out, because orthogonalisation needs all of a matrix. Parameters become views of that stacked storage,
+so a step neither stacks nor copies back any weight: build the optimizer after the model is on its device.
+
+# K matrices of a stack, m rows (outputs), n columns (inputs)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from nanochat.gpt import GPT
+
+# Numbers of `modern`; of the public reference recipe until our own ablations are through.
+HEAD_BETAS, HEAD_DECAY = (0.8, 0.96), 0.01
+TABLE_BETAS, TABLE_DECAY = (0.8, 0.995), 0.001  # a long beta2, because most rows see a gradient seldom
+VALUE_EMBEDS_LR, VALUE_EMBEDS_DECAY = 0.5, 0.01  # lr as a share of the embedding's
+BIGRAM_LR, BIGRAM_DECAY = 0.5, 0.01  # likewise
+SCALAR_LR, SCALAR_BETAS = 0.2, (0.8, 0.95)  # absolute: what the scale of a scalar is does not depend on width
+NORMUON_BETA2 = 0.9
+
+REPLICATED_BELOW = 1024  # elements; a smaller AdamW tensor costs more to scatter and gather than to update everywhere
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al. 2024, "Muon"
 NS_ITERATIONS = 5
+POLAR_EXPRESS = (  # Amsel et al. 2025, arXiv 2505.16932; made for singular values in [0.001, 1], 2% safety
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+HALLEY = (  # (a, b, c) of two weighted steps for singular values in [0.001, 1]: Nakatsukasa, Bai & Gygi 2010
+    (0.9843132398189149, 0.015687740588197604, 6.24990183572424e-05),
+    (0.5849259822261422, 0.4456384084521646, 0.0736360007360401),
+)
+POLAR_MARGIN = 1.02  # what POLAR_EXPRESS was made for: no singular value may exceed 1 by rounding
+STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum",), "normuon": ("momentum", "second_moment")}
 
 
 @dataclass
 class Group:
-    """Parameters that share hyper-parameters: kind "adamw" (any shapes) or "muon" (matrices of one shape)."""
+    """Parameters that share hyper-parameters: kind "adamw" (any shapes), or "muon" or "normuon" (matrices of one
+    shape)."""
 
     kind: str
     names: list[str]
@@ -32,45 +63,84 @@ class Group:
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
     weight_decay: float = 0.0
+    cautious: bool = False  # AdamW: decay only where the update shrinks the weight too; NorMuon always does
     momentum: float = 0.95
+    beta2: float = NORMUON_BETA2
 
 
 @dataclass
 class Shard:
-    """This rank's part of one tensor (AdamW) or one stack of matrices (Muon)."""
+    """Tensors that are reduced, updated and gathered as one: a stack of matrices, or AdamW tensors laid flat.
+
+    weights: (K, m, n) or (N,), the parameters' storage, zero-padded to a multiple of the ranks.
+    """
 
     group: Group
     names: list[str]
     params: list[nn.Parameter]
-    numel: int  # elements (AdamW) or matrices (Muon) per rank, the last rank's padding included
-    grad: Tensor | None = None
+    weights: Tensor
+    replicated: bool  # whole on every rank
+    grad: Tensor | None = None  # this rank's part, as the state's
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
+Number = float | Tensor
+
+
 class MuonAdamW:
-    def __init__(self, groups: Iterable[Group], muon_dtype: torch.dtype = torch.float32) -> None:
-        """muon_dtype: of the orthogonalisation; bf16 is enough there (Jordan et al. 2024) where it is fast."""
+    def __init__(self, groups: Iterable[Group], muon_dtype: torch.dtype = torch.float32, compile: bool = False) -> None:
+        """muon_dtype: of the orthogonalisation; bf16 is enough there (Jordan et al. 2024) where it is fast.
+        compile: the updates under torch.compile, with hyper-parameters as tensors, so that none recompiles."""
         self.groups = list(groups)
         self.muon_dtype = muon_dtype
+        self.compile = compile
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.step_count = 0
-        self.shards = [shard for group in self.groups for shard in self._shards(group)]
+        self.decay_multiplier = 1.0
+        shards = [shard for group in self.groups for shard in self._shards(group)]
+        # Small stacks first: their reduction ends first, and orthogonalisation covers those of the AdamW tensors. The
+        # last gather, which nothing covers, is the smallest.
+        self.shards = sorted(
+            shards,
+            key=lambda s: (s.group.kind == "adamw", s.weights.numel() * (-1 if s.group.kind == "adamw" else 1)),
+        )
+        self.adamw = torch.compile(adamw_, dynamic=None) if compile else adamw_
+        self.muon = torch.compile(muon_, dynamic=False) if compile else muon_
+        self.normuon = torch.compile(normuon_, dynamic=False) if compile else normuon_
 
     def _shards(self, group: Group) -> list[Shard]:
-        if group.kind == "muon":
-            return [Shard(group, group.names, group.params, -(-len(group.params) // self.world))]
-        return [
-            Shard(group, [name], [p], -(-p.numel() // self.world))
-            for name, p in zip(group.names, group.params, strict=True)
+        named = list(zip(group.names, group.params, strict=True))
+        assert all(p.dtype == torch.float32 for p in group.params), "parameters are fp32"
+        if group.kind != "adamw":
+            shape = (-(-len(named) // self.world) * self.world, *group.params[0].shape)
+            return [self._shard(group, named, shape, False)]
+        small = [(name, p) for name, p in named if p.numel() < REPLICATED_BELOW]
+        shards = [self._shard(group, small, (sum(p.numel() for _, p in small),), True)] if small else []
+        return shards + [
+            self._shard(group, [(name, p)], (-(-p.numel() // self.world) * self.world,), False)
+            for name, p in named
+            if p.numel() >= REPLICATED_BELOW
         ]
 
-    def set_lr(self, multiplier: float, momentum: float | None = None) -> None:
-        """lr = initial_lr * multiplier in all groups; the momentum of the Muon groups."""
+    def _shard(
+        self, group: Group, named: list[tuple[str, nn.Parameter]], shape: tuple[int, ...], replicated: bool
+    ) -> Shard:
+        params = [p for _, p in named]
+        weights = pack([p.data for p in params], shape)
+        for p, view in zip(params, unpack(weights, [p.shape for p in params]), strict=True):
+            p.data = view
+        return Shard(group, [name for name, _ in named], params, weights, replicated)
+
+    def set_lr(self, multiplier: float, momentum: float | None = None, decay_multiplier: float | None = None) -> None:
+        """lr = initial_lr * multiplier in all groups; the momentum of the Muon groups; a factor on the weight decay
+        of all groups, on top of the learning rate's."""
         for group in self.groups:
             group.lr = group.initial_lr * multiplier
             if momentum is not None:
                 group.momentum = momentum
+        if decay_multiplier is not None:
+            self.decay_multiplier = decay_multiplier
 
     @torch.no_grad()
     def step(self, grad_clip: float | None = None) -> Tensor:
@@ -79,91 +149,103 @@ class MuonAdamW:
         Returns:
             () the global L2 norm of the averaged gradient, before clipping to grad_clip.
         """
-        for shard in self.shards:
-            shard.grad = self._reduce(shard)
-        square = torch.stack([s.grad.square().sum() for s in self.shards if s.grad is not None]).sum()
+        self.step_count += 1
+        arrivals = [self._start_reduce(shard) for shard in self.shards]
+        norm = None
+        if grad_clip is not None:  # only then must all gradients be here before the first update
+            for arrive in arrivals:
+                arrive()
+            norm = self._norm([self._square(shard) for shard in self.shards])
+            scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        squares, gathers = [], []
+        for shard, arrive in zip(self.shards, arrivals, strict=True):
+            if norm is None:
+                arrive()
+                squares.append(self._square(shard))
+            else:
+                self._grad(shard).mul_(scale)
+            self._update(shard)
+            gathers.append(self._start_gather(shard))
+        for gather in gathers:
+            if gather is not None:
+                gather.wait()
+        return self._norm(squares) if norm is None else norm
+
+    @staticmethod
+    def _grad(shard: Shard) -> Tensor:
+        assert shard.grad is not None
+        return shard.grad
+
+    def _square(self, shard: Shard) -> Tensor:
+        """() this rank's share of the gradient's squared norm."""
+        if shard.replicated and self.rank > 0:  # counted once
+            return shard.weights.new_zeros(())
+        return torch.linalg.vector_norm(self._grad(shard)).square()
+
+    def _norm(self, squares: list[Tensor]) -> Tensor:
+        square = torch.stack(squares).sum()
         if self.world > 1:
             dist.all_reduce(square)
-        grad_norm = square.sqrt()
-        if grad_clip is not None:
-            scale = (grad_clip / (grad_norm + 1e-6)).clamp(max=1.0)
-            for shard in self.shards:
-                shard.grad = shard.grad * scale  # type: ignore[operator]
-        self.step_count += 1
-        for shard in self.shards:
-            weights = self._local(shard, [p.data for p in shard.params])
-            update = self._muon if shard.group.kind == "muon" else self._adamw
-            self._gather(shard, update(shard, weights))
-            shard.grad = None
-        return grad_norm
+        return square.sqrt()
 
-    def _stack(self, shard: Shard, tensors: list[Tensor]) -> Tensor:
-        """The full tensor of all ranks: (world * numel, ...) fp32, zero-padded."""
-        total = shard.numel * self.world
-        if shard.group.kind == "muon":
-            full = torch.stack([t.float() for t in tensors])
-            pad: tuple[int, ...] = (0, 0, 0, 0, 0, total - len(tensors))
-        else:
-            full = tensors[0].float().reshape(-1)
-            pad = (0, total - full.numel())
-        return nn.functional.pad(full, pad) if pad[-1] else full
+    def _local(self, shard: Shard, full: Tensor) -> Tensor:
+        """This rank's part, a view."""
+        return full if shard.replicated else full.chunk(self.world)[self.rank]
 
-    def _local(self, shard: Shard, tensors: list[Tensor]) -> Tensor:
-        return self._stack(shard, tensors)[self.rank * shard.numel : (self.rank + 1) * shard.numel]
-
-    def _reduce(self, shard: Shard) -> Tensor:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in shard.params]
-        full = self._stack(shard, grads)
+    def _start_reduce(self, shard: Shard) -> Callable[[], None]:
+        """Begin to average the gradients over ranks; the returned function waits for shard.grad."""
+        for p, view in zip(shard.params, unpack(shard.weights, [p.shape for p in shard.params]), strict=True):
+            assert p.data_ptr() == view.data_ptr(), "the model was moved after its optimizer was built"
+        full = pack([torch.zeros_like(p) if p.grad is None else p.grad for p in shard.params], shard.weights.shape)
         for p in shard.params:
             p.grad = None
         if self.world == 1:
-            return full
-        local = full.new_empty(shard.numel, *full.shape[1:])
-        dist.reduce_scatter_tensor(local, full)
-        return local / self.world
-
-    def _gather(self, shard: Shard, local: Tensor) -> None:
-        full = self._all_gather(local)
-        if shard.group.kind == "muon":
-            for p, w in zip(shard.params, full, strict=False):  # the stack may end in padding
-                p.copy_(w)
+            shard.grad = full
+            return lambda: None
+        work: dist.Work | None
+        if shard.replicated:
+            shard.grad = full
+            work = dist.all_reduce(full, async_op=True)
         else:
-            p = shard.params[0]
-            p.copy_(full[: p.numel()].view_as(p))
+            shard.grad = torch.empty_like(self._local(shard, full))
+            work = dist.reduce_scatter_tensor(shard.grad, full, async_op=True)
 
-    def _all_gather(self, local: Tensor) -> Tensor:
-        if self.world == 1:
-            return local
-        full = local.new_empty(self.world * local.size(0), *local.shape[1:])
-        dist.all_gather_into_tensor(full, local.contiguous())
-        return full
+        def arrive(full: Tensor = full) -> None:  # holds what is being sent
+            assert work is not None
+            work.wait()
+            self._grad(shard).div_(self.world)
 
-    def _adamw(self, shard: Shard, w: Tensor) -> Tensor:
-        """Decoupled decay, then Adam (Loshchilov & Hutter 2019, arXiv 1711.05101), in fp32."""
-        group, g = shard.group, shard.grad
-        assert g is not None
+        return arrive
+
+    def _start_gather(self, shard: Shard) -> dist.Work | None:
+        if self.world == 1 or shard.replicated:
+            return None
+        return dist.all_gather_into_tensor(shard.weights, self._local(shard, shard.weights), async_op=True)
+
+    def _update(self, shard: Shard) -> None:
+        group, w, g = shard.group, self._local(shard, shard.weights), self._grad(shard)
+        shard.grad = None
         if not shard.state:
-            shard.state = {"exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g)}
-        m, v = shard.state["exp_avg"], shard.state["exp_avg_sq"]
-        beta1, beta2 = group.betas
-        m.lerp_(g, 1 - beta1)
-        v.lerp_(g.square(), 1 - beta2)
-        denom = (v / (1 - beta2**self.step_count)).sqrt_().add_(group.eps)
-        return (w * (1 - group.lr * group.weight_decay)).addcdiv_(
-            m, denom, value=-group.lr / (1 - beta1**self.step_count)
-        )
+            shard.state = {key: w.new_zeros(shape) for key, shape in state_shapes(shard, w).items()}
+        state, number = shard.state, self._number
+        decay = group.lr * group.weight_decay * self.decay_multiplier
+        if group.kind == "adamw":
+            beta1, beta2 = group.betas
+            step_size = group.lr / (1 - beta1**self.step_count)
+            root = (1 - beta2**self.step_count) ** -0.5
+            hyper = [number(x) for x in (1 - beta1, 1 - beta2, step_size, root, group.eps, decay)]
+            self.adamw(w, g, state["exp_avg"], state["exp_avg_sq"], hyper, group.cautious)
+            return
+        scale = shape_factor(*w.shape[-2:])
+        hyper = [number(x) for x in (group.lr * scale, group.momentum, 1 - group.beta2, decay * scale)]
+        if group.kind == "muon":
+            self.muon(w, g, state["momentum"], hyper[:2], self.muon_dtype)
+        else:
+            self.normuon(w, g, state["momentum"], state["second_moment"], hyper, self.muon_dtype)
 
-    def _muon(self, shard: Shard, w: Tensor) -> Tensor:
-        """Nesterov momentum, orthogonalised (Jordan et al. 2024). w: (K, rows, cols)."""
-        group, g = shard.group, shard.grad
-        assert g is not None
-        if not shard.state:
-            shard.state = {"momentum": torch.zeros_like(g)}
-        m = shard.state["momentum"]
-        m.lerp_(g, 1 - group.momentum)
-        update = orthogonalize(g.lerp(m, group.momentum), self.muon_dtype)
-        scale = math.sqrt(max(1.0, w.size(-2) / w.size(-1)))
-        return w.sub(update.float(), alpha=group.lr * scale)
+    def _number(self, value: float) -> Number:
+        """Code would be compiled again for each new float; a tensor on the CPU is an input to it."""
+        return torch.tensor(value, dtype=torch.float32) if self.compile else value
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state under parameter names, gathered from all ranks (call it on all); it loads on any
@@ -171,22 +253,137 @@ class MuonAdamW:
         out = {"step": torch.tensor(self.step_count)}
         for shard in self.shards:
             for key, local in shard.state.items():
-                full = self._all_gather(local)
-                for i, (name, p) in enumerate(zip(shard.names, shard.params, strict=True)):
-                    whole = full[i] if shard.group.kind == "muon" else full[: p.numel()]
-                    out[f"{name}.{key}"] = whole.reshape(p.shape).cpu()
+                full = local
+                if self.world > 1 and not shard.replicated:
+                    full = local.new_empty(self.world * local.size(0), *local.shape[1:])
+                    dist.all_gather_into_tensor(full, local)
+                shapes = [p.shape if shard.group.kind == "adamw" else full.shape[1:] for p in shard.params]
+                for name, whole in zip(shard.names, unpack(full, shapes), strict=True):
+                    out[f"{name}.{key}"] = whole.cpu().clone()
         return out
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.step_count = int(state["step"])
         for shard in self.shards:
-            keys = ["momentum"] if shard.group.kind == "muon" else ["exp_avg", "exp_avg_sq"]
+            shard.state = {}
             if self.step_count:
-                device = shard.params[0].device
-                shard.state = {
-                    key: self._local(shard, [state[f"{n}.{key}"].to(device) for n in shard.names]).clone()
-                    for key in keys
-                }
+                for key, shape in state_shapes(shard, shard.weights).items():
+                    full = pack([state[f"{name}.{key}"].float() for name in shard.names], shape)
+                    shard.state[key] = self._local(shard, full).to(shard.weights.device, copy=True)
+
+
+def pack(tensors: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """One contiguous tensor of that shape from the elements of all in their order, then zeros. A view where one
+    tensor fills it."""
+    flat = [t.reshape(-1) for t in tensors]
+    padding = math.prod(shape) - sum(t.numel() for t in flat)
+    if padding:
+        flat.append(flat[0].new_zeros(padding))
+    return (torch.cat(flat) if len(flat) > 1 else flat[0]).view(shape)
+
+
+def unpack(full: Tensor, shapes: Iterable[Sequence[int]]) -> list[Tensor]:
+    """What pack() put together, as views."""
+    flat, views, at = full.view(-1), [], 0
+    for shape in shapes:
+        views.append(flat[at : at + math.prod(shape)].view(shape))
+        at += math.prod(shape)
+    return views
+
+
+def state_shapes(shard: Shard, w: Tensor) -> dict[str, tuple[int, ...]]:
+    """Of the state of w, which is all of the shard's weights or a part."""
+    shapes = {key: tuple(w.shape) for key in STATE[shard.group.kind]}
+    if "second_moment" in shapes:
+        K, m, n = w.shape
+        shapes["second_moment"] = (K, m, 1) if m >= n else (K, 1, n)
+    return shapes
+
+
+# Updates, in place: w weights, g gradient (overwritten) -------------------------------------------
+
+
+def adamw_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Sequence[Number], cautious: bool) -> None:
+    """Adam with decoupled decay (Loshchilov & Hutter 2019, arXiv 1711.05101). All tensors of one shape.
+
+    hyper: 1 - beta1; 1 - beta2; lr / (1 - beta1^t); (1 - beta2^t)^-0.5; epsilon; lr * weight_decay.
+    """
+    rate1, rate2, step_size, root, eps, decay = hyper
+    m.lerp_(g, rate1)
+    v.lerp_(g.square_(), rate2)
+    update = m / v.sqrt().mul_(root).add_(eps)
+    if cautious:
+        w.sub_(cautious_decay(w, update) * decay)
+    else:
+        w.mul_(1 - decay)
+    w.sub_(update.mul_(step_size))
+
+
+def muon_(w: Tensor, g: Tensor, m: Tensor, hyper: Sequence[Number], dtype: torch.dtype) -> None:
+    """Nesterov momentum, orthogonalised (Jordan et al. 2024).
+
+    w, g, m: (K, m, n); hyper: lr with the shape factor; momentum.
+    """
+    lr, momentum = hyper
+    update = orthogonalize(nesterov(g, m, momentum), dtype)
+    w.sub_(update.float() * lr)
+
+
+def normuon_(w: Tensor, g: Tensor, m: Tensor, second: Tensor, hyper: Sequence[Number], dtype: torch.dtype) -> None:
+    """NorMuon (Li et al. 2025, arXiv 2510.05491) between MuonEq, Muon+ and cautious decay.
+
+    w, g, m: (K, m, n); second: (K, m, 1) or (K, 1, n).
+    hyper: lr with the shape factor; momentum; 1 - beta2; weight decay times the first.
+    """
+    lr, momentum, rate2, decay = hyper
+    update = equalize_rows(nesterov(g, m, momentum))
+    update = unit_scale(polar(update, dtype).float())
+    update = even_out(update, second, rate2)
+    w.sub_(update * lr + cautious_decay(w, update) * decay)
+
+
+def nesterov(g: Tensor, m: Tensor, momentum: Number) -> Tensor:
+    """M <- mu M + (1 - mu) G; returns mu M + (1 - mu) G, in g's storage."""
+    m.lerp_(g, 1 - momentum)
+    return g.lerp_(m, momentum)
+
+
+def equalize_rows(u: Tensor) -> Tensor:
+    """Each row of norm 1: MuonEq, arXiv 2603.28254. (There it is |U|/sqrt(m); a factor common to all rows is lost in
+    the polar factor, and 1 keeps its products in range.) A row of less than a millionth of the mean norm is rounding
+    noise and stays small; the second floor keeps zero at zero."""
+    norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True)  # (K, m, 1)
+    return u / norms.maximum(1e-6 * norms.mean(-2, keepdim=True)).clamp(min=1e-30)
+
+
+def unit_scale(o: Tensor) -> Tensor:
+    """|O| = sqrt(min(m, n)), as if all singular values were 1: Muon+, arXiv 2602.21545."""
+    norm = torch.linalg.vector_norm(o, dim=(-2, -1), keepdim=True)
+    return o * (math.sqrt(min(o.shape[-2:])) / norm.clamp(min=1e-6))
+
+
+def even_out(o: Tensor, second: Tensor, rate2: Number) -> Tensor:
+    """Each neuron's update over the root of its running mean square, |O| as before: NorMuon, arXiv 2510.05491.
+
+    A neuron is a row where m >= n and a column otherwise. second: (K, m, 1) or (K, 1, n), updated in place.
+    """
+    dim = -1 if o.size(-2) >= o.size(-1) else -2
+    mean_square = o.square().mean(dim, keepdim=True)
+    second.lerp_(mean_square, rate2)
+    scale = second.clamp(min=1e-10).rsqrt()
+    before = mean_square.sum((-2, -1), keepdim=True)
+    after = (mean_square * scale.square()).sum((-2, -1), keepdim=True)
+    return o * (scale * (before / after.clamp(min=1e-20)).sqrt())
+
+
+def cautious_decay(w: Tensor, update: Tensor) -> Tensor:
+    """w where the update shrinks it as well (or both are zero), else 0: arXiv 2510.12402."""
+    return w * (update * w >= 0)
+
+
+def shape_factor(m: int, n: int) -> float:
+    """Of the learning rate, from (outputs, inputs): Jordan et al. 2024."""
+    return math.sqrt(max(1.0, m / n))
 
 
 def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -203,8 +400,101 @@ def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
+def polar(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """About the polar factor of each (K, m, n), of norms near 1: its nearest semi-orthogonal matrix. Zero stays.
+
+    On a CPU by Halley's steps in fp32, whatever the dtype: ms a matrix on one thread with AVX512-BF16, square 384 and
+    1536x384 (CPU time; the machine was loaded): Halley 10.6 and 16.7; Polar Express in fp32 20.0 and 59.4, in bf16 9.2
+    and 31.3 (with four steps 7.3 and 25.5); eigenpairs of the Gram matrix 13.3 and 20.1. Elsewhere by Polar Express,
+    which is products only.
+    """
+    return polar_halley(g.float()) if g.device.type == "cpu" else polar_express(g, dtype)
+
+
+def polar_halley(g: Tensor) -> Tensor:
+    """Two steps X <- X(aI + b(A + cI)^-1), A = X^T X: the dynamically weighted Halley iteration (Nakatsukasa, Bai &
+    Gygi 2010, SIAM J. Matrix Anal. Appl. 31). Singular values from 0.001 of |A|^(1/2) up end in [0.96, 1].
+
+    X itself is read at the ends only: between them A <- S A S, where S A = aA + b(I - c(A + cI)^-1) costs no product.
+    """
+    tall = g.size(-2) > g.size(-1)
+    A = g.mT @ g if tall else g @ g.mT  # (K, s, s), s = min(m, n)
+    bound = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True).clamp(min=1e-12)
+    A, P = A / bound, None
+    for i, (a, b, c) in enumerate(HALLEY):
+        shifted = A.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(c)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted).L)  # _ex: a NaN passes through
+        S = inverse * b
+        S.diagonal(dim1=-2, dim2=-1).add_(a)
+        P = S if P is None else P @ S
+        if i + 1 < len(HALLEY):
+            SA = A.mul_(a).sub_(inverse, alpha=b * c)
+            SA.diagonal(dim1=-2, dim2=-1).add_(b)
+            A = S @ SA
+    assert P is not None
+    P = P / bound.sqrt()
+    return g @ P if tall else P @ g
+
+
+def polar_express(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """Five steps X <- aX + (bA + cA^2)X, A = XX^T, each the best quintic for what the last one left (Amsel et al.
+    2025, arXiv 2505.16932). Singular values from 0.003 of the largest up end in [0.85, 1.15].
+
+    X is scaled by |XX^T|^(1/2) (the Schatten-4 norm), not by |X|: as safe a bound on the largest singular value, up to
+    min(m, n)^(1/4) times nearer to it, and free, as the first step needs XX^T anyway.
+    """
+    x = g.mT if g.size(-2) > g.size(-1) else g
+    x = x.to(dtype)
+    A = x @ x.mT
+    bound = POLAR_MARGIN * torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True, dtype=torch.float32).sqrt()
+    bound = bound.clamp(min=1e-6)
+    x, A = (x / bound).to(dtype), (A / bound.square()).to(dtype)
+    for i, (a, b, c) in enumerate(POLAR_EXPRESS):
+        A = x @ x.mT if i else A
+        x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.size(-2) > g.size(-1) else x
+
+
+# Which parameter goes where ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Parameters whose name begins so; without a prefix, the scalars and gates, which no other rule takes."""
+
+    prefix: str | None
+    kind: str
+    rate: str  # whose learning rate: "unembedding", "embedding", "matrix", "scalar"
+    lr_factor: float = 1.0
+    betas: tuple[float, float] = (0.8, 0.95)
+    weight_decay: float | None = None  # None = as asked for
+    cautious: bool = False
+
+    def claims(self, name: str, p: nn.Parameter) -> bool:
+        is_scalar = p.ndim < 2 or "gate" in name or "lambda" in name
+        return is_scalar if self.prefix is None else name.startswith(self.prefix) and not is_scalar
+
+
+RULES = {
+    "plain": (
+        Rule("lm_head.", "adamw", "unembedding"),
+        Rule("transformer.wte.", "adamw", "embedding"),
+        Rule("transformer.h.", "muon", "matrix", weight_decay=0.0),
+    ),
+    "modern": (
+        Rule("lm_head.", "adamw", "unembedding", 1.0, HEAD_BETAS, HEAD_DECAY),
+        Rule("transformer.wte.", "adamw", "embedding", 1.0, TABLE_BETAS, TABLE_DECAY),
+        Rule("transformer.value_embeds.", "adamw", "embedding", VALUE_EMBEDS_LR, TABLE_BETAS, VALUE_EMBEDS_DECAY),
+        Rule("transformer.bigram.", "adamw", "embedding", BIGRAM_LR, TABLE_BETAS, BIGRAM_DECAY),
+        Rule("transformer.h.", "normuon", "matrix"),
+        Rule(None, "adamw", "scalar", 1.0, SCALAR_BETAS, 0.0),
+    ),
+}
+
+
 def build_optimizer(
-    model: nn.Module,
+    model: GPT,
     *,
     unembedding_lr: float,
     embedding_lr: float,
@@ -212,26 +502,36 @@ def build_optimizer(
     weight_decay: float = 0.0,
     init_lr_frac: float = 1.0,
     muon_dtype: torch.dtype = torch.float32,
+    rules: Sequence[Rule] | None = None,
+    compile: bool = False,
 ) -> MuonAdamW:
-    """AdamW for lm_head and wte, with learning rates tuned at width 768 and scaled by (n_embd/768)^-0.5;
-    Muon for every matrix inside the blocks, grouped by shape."""
+    """The groups of the rules (None = those of the model's architecture); those of matrices by shape.
+
+    The head's and the tables' learning rates were tuned at width 768 and are scaled by (n_embd/768)^-0.5. weight_decay
+    is that of the head and the table in `plain`, of the matrices in `modern`.
+    """
+    rules = RULES[model.config.arch] if rules is None else rules
     named = dict(model.named_parameters())
-    head = [n for n in named if n.startswith("lm_head.")]
-    table = [n for n in named if n.startswith("transformer.wte.")]
-    matrices = [n for n in named if n.startswith("transformer.h.")]
-    assert len(head) + len(table) + len(matrices) == len(named), "a parameter has no optimizer"
-    width_scale = (named[table[0]].size(1) / 768) ** -0.5
-
-    def group(kind: str, names: list[str], lr: float, decay: float) -> Group:
-        lr *= init_lr_frac
-        return Group(kind, names, [named[n] for n in names], lr, lr, weight_decay=decay)
-
-    groups = [
-        group("adamw", head, unembedding_lr * width_scale, weight_decay),
-        group("adamw", table, embedding_lr * width_scale, weight_decay),
-    ]
-    by_shape: dict[torch.Size, list[str]] = {}
-    for n in matrices:
-        by_shape.setdefault(named[n].shape, []).append(n)
-    groups += [group("muon", names, matrix_lr, 0.0) for _, names in sorted(by_shape.items())]
-    return MuonAdamW(groups, muon_dtype)
+    width_scale = (named["transformer.wte.weight"].size(1) / 768) ** -0.5
+    rates = {
+        "unembedding": unembedding_lr * width_scale,
+        "embedding": embedding_lr * width_scale,
+        "matrix": matrix_lr,
+        "scalar": SCALAR_LR,
+    }
+    for name, p in named.items():
+        claims = [rule.prefix for rule in rules if rule.claims(name, p)]
+        assert len(claims) == 1, f"{name} is claimed by {claims or 'no optimizer group'}"
+    groups = []
+    for rule in rules:
+        by_shape: dict[tuple[int, ...], list[str]] = {}
+        for name, p in named.items():
+            if rule.claims(name, p):
+                by_shape.setdefault(() if rule.kind == "adamw" else tuple(p.shape), []).append(name)
+        lr = rates[rule.rate] * rule.lr_factor * init_lr_frac
+        decay = weight_decay if rule.weight_decay is None else rule.weight_decay
+        groups += [
+            Group(rule.kind, names, [named[n] for n in names], lr, lr, rule.betas, 1e-10, decay, rule.cautious)
+            for _, names in sorted(by_shape.items())
+        ]
+    return MuonAdamW(groups, muon_dtype, compile)

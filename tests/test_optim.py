@@ -1,22 +1,29 @@
-"""Muon and AdamW against torch and a plain twin, and two ranks against one."""
+"""Muon, NorMuon and AdamW against torch and plain twins, compiled against eager, and several ranks against one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
-from nanochat.optim import Group, MuonAdamW, build_optimizer, orthogonalize
+from nanochat import optim
+from nanochat.optim import HALLEY, POLAR_EXPRESS, Group, MuonAdamW, build_optimizer, orthogonalize
 from nanochat.runtime import Runtime
 from tests.conftest import tiny_gpt
 
-# Two ranks cannot share these evenly: 21 and 1 elements, 3 matrices of one shape and 1 of another.
-ADAMW_SHAPES = {"odd": (7, 3), "one": (1,), "even": (4, 4)}
+# Ranks cannot share these evenly: 1,221 elements, 3 matrices of one shape and 1 of another. Below 1,024 elements they
+# do not try.
+ADAMW_SHAPES = {"odd": (37, 33), "one": (1,), "small": (4, 4)}
 MUON_SHAPES = {"wide0": (4, 6), "wide1": (4, 6), "wide2": (4, 6), "tall": (6, 4)}
 
 
@@ -27,16 +34,20 @@ def tensors(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
     }
 
 
-def make(weight_decay: float = 0.1) -> tuple[dict[str, nn.Parameter], MuonAdamW]:
+def make(
+    weight_decay: float = 0.1, matrices: str = "muon", **options: Any
+) -> tuple[dict[str, nn.Parameter], MuonAdamW]:
+    """Matrices by Muon, or by NorMuon with AdamW's decay cautious as well."""
     params = {name: nn.Parameter(value) for name, value in tensors(seed=0).items()}
+    cautious = matrices == "normuon"
 
     def group(kind: str, *names: str) -> Group:
-        decay = weight_decay if kind == "adamw" else 0.0
-        return Group(kind, list(names), [params[n] for n in names], 0.02, 0.02, weight_decay=decay)
+        return Group(
+            kind, list(names), [params[n] for n in names], 0.02, 0.02, weight_decay=weight_decay, cautious=cautious
+        )
 
-    return params, MuonAdamW(
-        [group("adamw", *ADAMW_SHAPES), group("muon", "wide0", "wide1", "wide2"), group("muon", "tall")]
-    )
+    groups = [group("adamw", *ADAMW_SHAPES), group(matrices, "wide0", "wide1", "wide2"), group(matrices, "tall")]
+    return params, MuonAdamW(groups, **options)
 
 
 def mean_grads(step: int) -> dict[str, Tensor]:
@@ -52,12 +63,12 @@ def take(
     grads: Callable[[int], dict[str, Tensor]],
     clip: float | None = None,
 ) -> list[float]:
-    """Steps with a schedule and Muon's momentum on the move; the gradient norms."""
+    """Steps with learning rate, momentum and decay on the move; the gradient norms."""
     norms = []
     for step in steps:
         for name, grad in grads(step).items():
             params[name].grad = grad
-        optimizer.set_lr(1 / (1 + step), momentum=0.85 + 0.01 * step)
+        optimizer.set_lr(1 / (1 + step), momentum=0.85 + 0.01 * step, decay_multiplier=1 - 0.1 * step)
         norms.append(optimizer.step(clip).item())
     return norms
 
@@ -155,6 +166,190 @@ def test_orthogonalisation_treats_each_matrix_of_a_stack_alone_and_leaves_zero_a
     assert not together[1].any()
 
 
+# NorMuon's parts, each against fp64 on one matrix at a time
+
+
+def shaped(m: int, n: int, decades: float = 2.0) -> Tensor:
+    """(3, m, n): singular values over some decades, a zero matrix, and one with a zero row."""
+    generator = torch.Generator().manual_seed(m + n)
+    stack = torch.randn(3, m, n, generator=generator)
+    u, s, vt = torch.linalg.svd(stack[0], full_matrices=False)
+    stack[0] = u * torch.logspace(0, -decades, len(s)) @ vt
+    stack[1] = 0
+    stack[2, 0] = 0
+    return stack
+
+
+SHAPES = [(24, 24), (16, 40), (40, 16)]
+
+
+def through(g: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
+    """One matrix in fp64, each singular value s (of the matrix at Schatten-4 norm 1) replaced by s * gain(s)."""
+    u, s, vt = torch.linalg.svd(g.double(), full_matrices=False)
+    s = s / (s.pow(4).sum() ** 0.25).clamp(min=1e-30)
+    return (u * (s * gain(s))) @ vt
+
+
+def slow_halley(s: Tensor) -> Tensor:
+    """By the textbook: x (a + b x^2) / (1 + c x^2), twice, from a lower bound l of 0.001."""
+    x, low = s, 1e-3
+    for _ in range(2):
+        d = (4 * (1 - low**2) / low**4) ** (1 / 3)
+        a = math.sqrt(1 + d) + math.sqrt(8 - 4 * d + 8 * (2 - low**2) / (low**2 * math.sqrt(1 + d))) / 2
+        b = (a - 1) ** 2 / 4
+        c = a + b - 1
+        x, low = x * (a + b * x**2) / (1 + c * x**2), low * (a + b * low**2) / (1 + c * low**2)
+    return x / s.clamp(min=1e-30)
+
+
+def slow_express(s: Tensor) -> Tensor:
+    x = s / 1.02
+    for a, b, c in POLAR_EXPRESS:
+        x = a * x + b * x**3 + c * x**5
+    return x / s.clamp(min=1e-30)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1e-6, 1.0])
+def test_rows_are_equalised_and_rounding_noise_stays_small(shape, scale):
+    g = scale * shaped(*shape)
+    g[2, 1] *= 1e-9
+    rows = optim.equalize_rows(g)
+    for i in range(3):
+        norms = g[i].double().norm(dim=1)
+        floor = torch.clamp(norms, min=max(1e-6 * norms.mean().item(), 1e-30))
+        torch.testing.assert_close(rows[i], (g[i].double() / floor[:, None]).float(), rtol=1e-5, atol=1e-6)
+    assert rows[2, 1].norm() < 0.01 and not rows[1].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("fast", "slow"), [(optim.polar_halley, slow_halley), (lambda g: optim.polar_express(g, g.dtype), slow_express)]
+)
+def test_the_polar_factor_maps_singular_values_as_its_formula_does_one_by_one(shape, fast, slow):
+    g = shaped(*shape)
+    together = fast(g)
+    for i in range(3):
+        torch.testing.assert_close(together[i], through(g[i], slow).float(), rtol=0, atol=2e-4)
+    assert not together[1].any()
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (64, 256), (256, 64)])
+@pytest.mark.parametrize(
+    ("fast", "low", "high"),
+    [
+        (lambda g: optim.polar(g, torch.float32), 0.95, 1.001),
+        (lambda g: optim.polar_express(g, torch.float32), 0.84, 1.15),
+        (lambda g: optim.polar_express(g, torch.bfloat16), 0.83, 1.16),
+    ],
+)
+def test_singular_values_over_two_decades_end_near_one(shape, fast, low, high):
+    singular = torch.linalg.svdvals(fast(shaped(*shape)[:1]).float())
+    assert low < singular.min() and singular.max() < high
+
+
+def test_the_two_polar_factors_agree_on_a_random_matrix():
+    g = torch.randn(1, 96, 96, generator=torch.Generator().manual_seed(0))
+    one, other = optim.polar_halley(g), optim.polar_express(g, torch.float32)
+    assert torch.cosine_similarity(one.view(-1), other.view(-1), dim=0) > 0.99
+    assert len(HALLEY) == 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_scale_is_that_of_unit_singular_values(shape):
+    o = optim.unit_scale(0.1 * shaped(*shape))
+    torch.testing.assert_close(o.norm(dim=(1, 2)), math.sqrt(min(shape)) * torch.tensor([1.0, 0.0, 1.0]))
+    torch.testing.assert_close(o[0] / o[0].norm(), shaped(*shape)[0] / shaped(*shape)[0].norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_neurons_update_is_divided_by_its_running_size_and_the_norm_stays(shape):
+    o, dim = shaped(*shape), 1 if shape[0] >= shape[1] else 0
+    second = torch.rand(3, *((shape[0], 1) if dim else (1, shape[1])), generator=torch.Generator().manual_seed(1))
+    old = second.double()
+    even = optim.even_out(o, second, 0.1)
+    for i in range(3):
+        new = 0.9 * old[i] + 0.1 * o[i].double().square().mean(dim, keepdim=True)
+        torch.testing.assert_close(second[i], new.float())
+        divided = o[i].double() / new.sqrt()
+        expected = divided * (o[i].double().norm() / divided.norm().clamp(min=1e-30))
+        torch.testing.assert_close(even[i], expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_cautious_decay_shrinks_only_weights_that_the_update_shrinks():
+    w = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0])
+    update = torch.tensor([1.0, -1.0, -1.0, 1.0, 0.0])
+    assert optim.cautious_decay(w, update).tolist() == [1, -2, 0, 0, 5]
+
+
+@pytest.mark.parametrize(("shape", "factor"), [((4, 1), 2), ((3, 3), 1), ((1, 4), 1)])
+def test_the_shape_factor_is_of_outputs_over_inputs(shape, factor):
+    assert optim.shape_factor(*shape) == factor
+
+
+def slow_normuon(w: Tensor, grads: list[Tensor]) -> Tensor:
+    """One matrix, fp64, by the letter, on the schedule of take(): lr 0.02 and decay 0.1 at first, beta2 0.9."""
+    (m, n), w = w.shape, w.double()
+    momentum = torch.zeros_like(w)
+    second = w.new_zeros((m, 1) if m >= n else (1, n))
+    for step, g in enumerate(grads):
+        mu, lr = 0.85 + 0.01 * step, 0.02 / (1 + step) * max(1, m / n) ** 0.5
+        momentum = mu * momentum + (1 - mu) * g.double()
+        u = mu * momentum + (1 - mu) * g.double()
+        o = through(u / u.norm(dim=1, keepdim=True), slow_halley)
+        o = o * min(m, n) ** 0.5 / o.norm()
+        second = 0.9 * second + 0.1 * o.square().mean(1 if m >= n else 0, keepdim=True)
+        even = o / second.sqrt()
+        o = even * o.norm() / even.norm()
+        w = w - lr * o - lr * 0.1 * (1 - 0.1 * step) * torch.where(o * w >= 0, w, 0)
+    return w.float()
+
+
+@pytest.mark.parametrize("name", MUON_SHAPES)
+def test_normuon_is_its_plain_twin_in_every_matrix(name):
+    params, optimizer = make(matrices="normuon")
+    start = params[name].detach().clone()
+    take(params, optimizer, range(5), mean_grads)
+    expected = slow_normuon(start, [mean_grads(step)[name] for step in range(5)])
+    torch.testing.assert_close(params[name], expected, rtol=0, atol=3e-6)
+
+
+def test_cautious_adamw_is_its_plain_twin():
+    params, optimizer = make(matrices="normuon")
+    w = params["odd"].detach().double()
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for step in range(5):
+        g, lr = mean_grads(step)["odd"].double(), 0.02 / (1 + step)
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+        update = m / (1 - 0.8 ** (step + 1)) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-10)
+        w = w - lr * update - lr * 0.1 * (1 - 0.1 * step) * torch.where(update * w >= 0, w, 0)
+    take(params, optimizer, range(5), mean_grads)
+    torch.testing.assert_close(params["odd"], w.float(), rtol=0, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_raises_nothing():
+    params, optimizer = make(matrices="normuon")
+    params["wide1"].grad = torch.full((4, 6), math.nan)
+    assert optimizer.step().isnan()
+
+
+@pytest.mark.parametrize("matrices", ["muon", "normuon"])
+def test_compiled_updates_equal_eager_ones_and_no_schedule_recompiles_them(matrices, monkeypatch):
+    counter, compile_ = CompileCounter(), torch.compile  # a backend that runs the traced graph as it is
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=counter, **options))
+    params, optimizer = make(matrices=matrices, compile=True)
+    plain, eager = make(matrices=matrices)
+    take(params, optimizer, range(2), mean_grads)
+    compiled = counter.frame_count
+    take(params, optimizer, range(2, 6), mean_grads)
+    take(plain, eager, range(6), mean_grads)
+    assert compiled >= 3 and counter.frame_count == compiled  # AdamW, and the matrices of two shapes
+    assert_same(values(params), values(plain))
+
+
+# The step as a whole
+
+
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
 def test_clipping_is_torchs_clipping_by_the_norm_over_all_gradients(max_norm):
     params, ours = make()
@@ -172,22 +367,24 @@ def test_clipping_is_torchs_clipping_by_the_norm_over_all_gradients(max_norm):
         torch.testing.assert_close(ours.state_dict()[key], moment, rtol=1e-5, atol=1e-9)
 
 
-def test_a_parameter_without_gradient_takes_a_zero_and_gradients_are_cleared():
-    params, optimizer = make(weight_decay=0.0)
+@pytest.mark.parametrize("matrices", ["muon", "normuon"])
+def test_a_parameter_without_gradient_takes_a_zero_and_gradients_are_cleared(matrices):
+    params, optimizer = make(weight_decay=0.0, matrices=matrices)
     before = values(params)
-    params["odd"].grad = torch.ones(7, 3)
+    params["odd"].grad = torch.ones(37, 33)
     optimizer.step()
     assert all(p.grad is None for p in params.values())
     assert not torch.equal(params["odd"], before["odd"])
     assert all(torch.equal(params[name], before[name]) for name in params if name != "odd")
 
 
-def test_state_saved_after_three_steps_goes_on_to_the_bit():
-    params, optimizer = make()
+@pytest.mark.parametrize("matrices", ["muon", "normuon"])
+def test_state_saved_after_three_steps_goes_on_to_the_bit(matrices):
+    params, optimizer = make(matrices=matrices)
     take(params, optimizer, range(3), mean_grads)
     weights, state = values(params), {k: v.clone() for k, v in optimizer.state_dict().items()}
     take(params, optimizer, range(3, 6), mean_grads)
-    again, fresh = make()
+    again, fresh = make(matrices=matrices)
     load(again, weights)
     fresh.load_state_dict(state)
     take(again, fresh, range(3, 6), mean_grads)
@@ -209,10 +406,76 @@ def test_every_parameter_of_a_model_has_its_optimizer_and_learning_rate():
     assert shapes == [{(16, 32)}, {(32, 32)}, {(32, 128)}, {(128, 32)}]  # one stack a shape
 
 
-# Two processes -----------------------------------------------------------------------------------
+def test_the_state_goes_by_parameter_and_old_names():
+    params, optimizer = make()
+    take(params, optimizer, range(1), mean_grads)
+    state = optimizer.state_dict()
+    assert {key: t.shape for key, t in state.items()} == {
+        "step": (),
+        **{f"{name}.{key}": shape for name, shape in ADAMW_SHAPES.items() for key in ("exp_avg", "exp_avg_sq")},
+        **{f"{name}.momentum": shape for name, shape in MUON_SHAPES.items()},
+    }
+    params, optimizer = make(matrices="normuon")
+    take(params, optimizer, range(1), mean_grads)
+    extra = optimizer.state_dict().keys() - state.keys()
+    assert extra == {f"{name}.second_moment" for name in MUON_SHAPES}
 
 
-def train_on_two(rt: Runtime, folder: Path) -> None:
+def test_a_model_moved_after_its_optimizer_was_built_is_refused():
+    params, optimizer = make()
+    params["odd"].data = params["odd"].data.clone()
+    with pytest.raises(AssertionError, match="moved"):
+        optimizer.step()
+
+
+def model_with(**shapes: tuple[int, ...]) -> Any:
+    """Parameters by dotted name, of `modern`."""
+    named = [(name.replace("__", "."), nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()]
+    return SimpleNamespace(named_parameters=lambda: named, config=SimpleNamespace(arch="modern"))
+
+
+RATES = {"unembedding_lr": 0.004, "embedding_lr": 0.2, "matrix_lr": 0.02, "weight_decay": 0.3}
+
+
+def test_every_parameter_of_modern_goes_where_the_table_says():
+    model = model_with(
+        transformer__wte__weight=(8, 768),
+        lm_head__weight=(8, 768),
+        transformer__value_embeds__1__weight=(8, 4),
+        transformer__bigram__weight=(8, 4),
+        transformer__h__0__attn__c_q__weight=(4, 4),
+        transformer__h__0__mlp__c_fc__weight=(16, 4),
+        transformer__h__1__attn__c_q__weight=(4, 4),
+        transformer__h__0__attn__ve_gate__weight=(2, 12),
+        resid_lambdas=(2, 2),
+        backout=(),
+    )
+    groups = build_optimizer(model, **RATES).groups
+    assert [(g.kind, g.names, g.initial_lr) for g in groups] == [
+        ("adamw", ["lm_head.weight"], 0.004),
+        ("adamw", ["transformer.wte.weight"], 0.2),
+        ("adamw", ["transformer.value_embeds.1.weight"], pytest.approx(0.2 * optim.VALUE_EMBEDS_LR)),
+        ("adamw", ["transformer.bigram.weight"], pytest.approx(0.2 * optim.BIGRAM_LR)),
+        ("normuon", ["transformer.h.0.attn.c_q.weight", "transformer.h.1.attn.c_q.weight"], 0.02),
+        ("normuon", ["transformer.h.0.mlp.c_fc.weight"], 0.02),
+        ("adamw", ["transformer.h.0.attn.ve_gate.weight", "resid_lambdas", "backout"], optim.SCALAR_LR),
+    ]
+    assert {g.weight_decay for g in groups if g.kind == "normuon"} == {0.3}
+
+
+def test_a_parameter_that_no_rule_or_two_rules_claim_is_refused():
+    model = model_with(transformer__wte__weight=(8, 4), new__weight=(4, 4))
+    with pytest.raises(AssertionError, match=r"new\.weight is claimed by no optimizer group"):
+        build_optimizer(model, **RATES)
+    twice = (*optim.RULES["modern"], optim.Rule("new", "adamw", "matrix"), optim.Rule("new.", "adamw", "matrix"))
+    with pytest.raises(AssertionError, match=r"new\.weight is claimed by \['new', 'new\.'\]"):
+        build_optimizer(model, **RATES, rules=twice)
+
+
+# Several processes -------------------------------------------------------------------------------
+
+
+def train_on_two(rt: Runtime, folder: Path, matrices: str) -> None:
     def own_grads(step: int) -> dict[str, Tensor]:
         return tensors(100 + 2 * step + rt.rank)
 
@@ -220,41 +483,42 @@ def train_on_two(rt: Runtime, folder: Path) -> None:
         if rt.is_master:
             save_file(content, folder / f"{name}.safetensors")
 
-    params, optimizer = make()
+    params, optimizer = make(matrices=matrices)
     take(params, optimizer, range(3), own_grads)
     keep("weights3", values(params))
     keep("state3", optimizer.state_dict())
-    take(params, optimizer, range(3, 6), own_grads)
+    norms = take(params, optimizer, range(3, 6), own_grads)
     keep("weights6", values(params))
-    save_file(values(params), folder / f"rank{rt.rank}.safetensors")
+    save_file({**values(params), "norms": torch.tensor(norms)}, folder / f"rank{rt.rank}.safetensors")
 
-    params, optimizer = make()
+    params, optimizer = make(matrices=matrices)
     load(params, load_file(folder / "one_weights3.safetensors"))
     optimizer.load_state_dict(load_file(folder / "one_state3.safetensors"))
     take(params, optimizer, range(3, 6), own_grads)
     keep("from_one", values(params))
 
-    params, optimizer = make()
+    params, optimizer = make(matrices=matrices)
     norms = take(params, optimizer, range(4), own_grads, clip=0.5)
     keep("clipped", {**values(params), "norms": torch.tensor(norms)})
     shares = {name: sum(t.numel() for t in s.state.values()) for s in optimizer.shards for name in [s.names[0]]}
     keep("shares", {name: torch.tensor(n) for name, n in shares.items()})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["muon", "normuon"])
 def one_and_two(
-    two_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], dict[str, Tensor]]:
-    """What two ranks left, by name; the single process's files begin with one_."""
+    request: pytest.FixtureRequest, two_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Any]:
+    """What two ranks left, by name; the single process's files begin with one_. "matrices" gives the kind."""
+    matrices = request.param
     folder = tmp_path_factory.mktemp("ranks")
-    params, optimizer = make()
+    params, optimizer = make(matrices=matrices)
     take(params, optimizer, range(3), mean_grads)
     save_file(values(params), folder / "one_weights3.safetensors")
     save_file(optimizer.state_dict(), folder / "one_state3.safetensors")
-    take(params, optimizer, range(3, 6), mean_grads)
-    save_file(values(params), folder / "one_weights6.safetensors")
-    two_ranks(train_on_two, folder)
-    return lambda name: load_file(folder / f"{name}.safetensors")
+    norms = take(params, optimizer, range(3, 6), mean_grads)
+    save_file({**values(params), "norms": torch.tensor(norms)}, folder / "one_weights6.safetensors")
+    two_ranks(train_on_two, folder, matrices)
+    return lambda name: matrices if name == "matrices" else load_file(folder / f"{name}.safetensors")
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -263,11 +527,11 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_two_ranks_equal_one_process_on_the_mean_gradient(one_and_two):
-    assert_same(one_and_two("weights6"), one_and_two("one_weights6"))
+def test_two_ranks_equal_one_process_on_the_mean_gradient_in_weights_and_gradient_norms(one_and_two):
+    assert_same(one_and_two("rank0"), one_and_two("one_weights6"))
 
 
-def test_both_ranks_hold_the_same_weights_to_the_bit(one_and_two):
+def test_both_ranks_hold_the_same_weights_and_norms_to_the_bit(one_and_two):
     first, second = one_and_two("rank0"), one_and_two("rank1")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -277,19 +541,19 @@ def test_the_state_of_two_ranks_is_whole_and_equal_to_that_of_one(one_and_two):
 
 
 def test_state_saved_on_two_ranks_goes_on_in_one_process(one_and_two):
-    params, optimizer = make()
+    params, optimizer = make(matrices=one_and_two("matrices"))
     load(params, one_and_two("weights3"))
     optimizer.load_state_dict(one_and_two("state3"))
     take(params, optimizer, range(3, 6), mean_grads)
-    assert_same(values(params), one_and_two("one_weights6"))
+    assert_same(values(params), one_and_two("weights6"))
 
 
 def test_state_saved_by_one_process_goes_on_in_two_ranks(one_and_two):
-    assert_same(one_and_two("from_one"), one_and_two("one_weights6"))
+    assert_same(one_and_two("from_one"), one_and_two("weights6"))
 
 
 def test_two_ranks_clip_by_the_norm_of_the_mean_gradient(one_and_two):
-    params, optimizer = make()
+    params, optimizer = make(matrices=one_and_two("matrices"))
     norms = take(params, optimizer, range(4), mean_grads, clip=0.5)
     clipped = one_and_two("clipped")
     assert clipped.pop("norms").tolist() == pytest.approx(norms, rel=1e-5)
@@ -299,10 +563,31 @@ def test_two_ranks_clip_by_the_norm_of_the_mean_gradient(one_and_two):
 
 def test_a_rank_holds_half_of_the_optimizer_state(one_and_two):
     shares = {name: n.item() for name, n in one_and_two("shares").items()}
+    rows, columns = (6, 6) if one_and_two("matrices") == "normuon" else (0, 0)  # of NorMuon's second moment
     assert shares == {
-        "odd": 2 * 11,  # two moments of 21 elements
-        "one": 2 * 1,
-        "even": 2 * 8,
-        "wide0": 2 * 24,  # 2 of 3 matrices
-        "tall": 24,  # the only one
+        "odd": 2 * 611,  # two moments of 1,221 elements
+        "one": 2 * (1 + 16),  # and of the small tensors, whole on each rank
+        "wide0": 2 * (24 + columns),  # 2 of 3 matrices
+        "tall": 24 + rows,  # the only one
     }
+
+
+def train_on_four(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    params, optimizer = make(matrices="normuon")
+    norms = take(params, optimizer, range(4), lambda step: tensors(200 + 4 * step + rank))
+    if rank == 3:  # it holds padding only of both stacks
+        save_file({**values(params), "norms": torch.tensor(norms)}, folder / "four.safetensors")
+    dist.destroy_process_group()
+
+
+def test_four_ranks_one_of_which_gets_no_matrix_equal_one_process(tmp_path):
+    def mean_of_four(step: int) -> dict[str, Tensor]:
+        each = [tensors(200 + 4 * step + rank) for rank in range(4)]
+        return {name: sum(grads[name] for grads in each) / 4 for name in each[0]}
+
+    torch.multiprocessing.spawn(train_on_four, (tmp_path,), nprocs=4)
+    params, optimizer = make(matrices="normuon")
+    norms = take(params, optimizer, range(4), mean_of_four)
+    assert_same(load_file(tmp_path / "four.safetensors"), {**values(params), "norms": torch.tensor(norms)})
