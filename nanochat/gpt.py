@@ -23,7 +23,7 @@ from nanochat.loss import SoftCap, capped, linear_cross_entropy
 from nanochat.scaling import Shape
 
 ARCHS = ("plain", "modern")
-# What `modern` adds to `plain`. Each does nothing or little at the start and can be left out by itself (bench/ablate.py).
+# What `modern` adds to `plain`; each can be left out by itself (bench/ablate.py).
 EXTRAS = ("lambdas", "value_embeds", "bigram", "offset_keys", "small_qk")
 LOGIT_CAP = SoftCap(cap=15.0, scale=15.0)
 ROPE_BASE = 10_000.0
@@ -204,7 +204,7 @@ class Attention(nn.Module):
         if values is not None:
             gate = 3 * torch.sigmoid(
                 self.value_gate(x[..., : self.value_gate.in_features])
-            )  # (B, T, H_kv), from 1.5 on
+            )  # (B, T, H_kv)
             v = v + gate[..., None] * values.view(v.shape)
         q, k = norm(rotate(q, *rope)), norm(rotate(k, *rope))
         if slots is None:
@@ -237,7 +237,7 @@ class Block(nn.Module):
 
 
 class Bigrams(nn.Embedding):
-    """A vector for each pair of a token and the one before it: rows of a table by a hash, multiplied by random signs that
+    """A vector for each pair of a token and the one before it: rows of a table by a hash, times random signs that
     another hash picks, so that pairs which share a row disturb each other like noise, not like a bias.
 
     Hashed bigram embeddings with signs: records 62 and 83 of the modded-nanogpt speedrun (2026); hashing with signs:
@@ -343,7 +343,7 @@ class GPT(nn.Module):
         if self.config.has("value_embeds"):
             for table in self.transformer["value_embeds"].values():
                 table.weight.normal_(0.0, self.config.n_embd**-0.5)
-        # the ramps of the reference's later model: what early layers write counts more, the embedding itself less and less
+        # the ramps of the reference's later model: early layers count more, the embedding itself less and less
         ramp = torch.linspace(0, 1, self.config.n_layer)
         if self.config.has("lambdas"):
             self.resid_lambdas.copy_(1.15 - 0.10 * ramp)
