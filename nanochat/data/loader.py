@@ -9,10 +9,11 @@ bench/loader.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
-import random
 import threading
+import weakref
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ def best_fit(lengths: Sequence[int], capacity: int, draw: Callable[[], float]) -
     nothing could be learned: it is dropped. O(N log N) searches.
 
     Args:
-        draw: gives numbers from 0 to 1 (exclusive), such as random.Random(seed).random.
+        draw: gives numbers from 0 to 1 (exclusive), such as np.random.default_rng(seed).random.
 
     Returns:
         The pieces of each row; all rows but the last are full.
@@ -104,7 +105,7 @@ def host_rows(n: int, capacity: int, device: torch.device) -> Tensor:
 def pack(documents: Sequence[np.ndarray], plan: Sequence[Sequence[Piece]], rows: Tensor) -> Tensor:
     """Fill rows (N, capacity) as planned from documents (int32, BOS first); -1 behind the end of a short last row."""
     pieces = [documents[i][start:stop] for row in plan for i, start, stop in row]
-    ends = np.cumsum([len(piece) for piece in pieces])
+    ends = np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)))
     flat = rows.numpy().reshape(-1)
     np.concatenate(pieces, out=flat[: ends[-1]])
     flat[0] = flat[ends[:-1]] = documents[0][0]  # BOS
@@ -120,11 +121,12 @@ def packed_unit(
     The short last row is dropped, but for the last unit of a pass, where it stays and comes last, so that a text
     shorter than a row trains too.
     """
-    rng = random.Random(f"{epoch} {block}")
+    rng = np.random.default_rng((epoch, block))
     plan = best_fit([len(d) for d in documents], capacity, rng.random)
     missing = capacity - sum(stop - start for _, start, stop in plan[-1])
     short = [plan.pop()] if missing else []
-    rng.shuffle(plan)  # best fit puts long documents first: in that order a step would see one kind of text only
+    # best fit puts long documents first: in that order a step would see one kind of text only
+    plan = [plan[i] for i in rng.permutation(len(plan)).tolist()]
     if is_last:
         plan += short
     rows = pack(documents, plan, host_rows(len(plan), capacity, device))
@@ -199,6 +201,15 @@ def _produce(units: Iterator[Unit], out: queue.Queue[Any], stop: threading.Event
         put(error)
 
 
+def _end(thread: threading.Thread, out: queue.Queue[Any], stop: threading.Event) -> None:
+    """Stop the thread and wait for it: at the end of the program, one that is in Rust code would abort it."""
+    stop.set()
+    while thread.is_alive() and thread is not threading.current_thread():  # a loader may be collected in the thread
+        with contextlib.suppress(queue.Empty):
+            out.get_nowait()  # it may be waiting for room
+        thread.join(0.01)
+
+
 class PackingLoader:
     """Batches of (inputs, targets), int64 (B, T) each on the device; targets are the inputs one later.
 
@@ -247,8 +258,6 @@ class PackingLoader:
         self._rows = torch.empty((0, sequence_len + 1), dtype=torch.int32)  # what is left of the current unit
         self._num_text = self._num_kept = 0
         self._is_over = False
-        self._queue: queue.Queue[Any] = queue.Queue(UNITS_AHEAD)
-        self._stop = threading.Event()
         units = packed_units(
             source,
             split,
@@ -260,8 +269,11 @@ class PackingLoader:
             encode_threads(world_size),
             self.device,
         )
-        self._thread = threading.Thread(target=_produce, args=(units, self._queue, self._stop), daemon=True)
-        self._thread.start()
+        self._queue: queue.Queue[Any] = queue.Queue(UNITS_AHEAD)
+        stop = threading.Event()
+        thread = threading.Thread(target=_produce, args=(units, self._queue, stop), daemon=True)
+        self._end = weakref.finalize(self, _end, thread, self._queue, stop)  # when forgotten, or at exit
+        thread.start()
 
     @property
     def cursor(self) -> dict[str, int]:
@@ -317,10 +329,6 @@ class PackingLoader:
         return inputs.masked_fill_(inputs < 0, self._bos), targets
 
     def close(self) -> None:
-        """Stop the background thread; the iteration is over."""
+        """End the background thread, after the block it is at; the iteration is over."""
         self._is_over = True
-        self._stop.set()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_stop"):
-            self._stop.set()
+        self._end()
