@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from nanochat.config import InputError
 from nanochat.data import loader as loader_module
-from nanochat.data.loader import PackingLoader, best_fit, pack, window
+from nanochat.data.loader import PackingLoader, best_fit, encode_threads, host_rows, pack
 
 BOS = 0
 T = 7  # rows of 8 tokens
@@ -88,63 +89,125 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- packing
 
 
-def slow_best_fit(lengths: list[int], capacity: int) -> list[list[tuple[int, int]]]:
-    """The definition, word by word."""
-    left = dict(enumerate(lengths))
-    rows = []
+def slow_best_fit(lengths: list[int], capacity: int, draw: Callable[[], float]) -> list[list[tuple[int, int, int]]]:
+    """The definition, word by word; a piece shows BOS in place of its first token."""
+    rows, left = [], {}  # document -> (start, stop) of what is left of it
+    for i, length in enumerate(lengths):
+        left[i] = (0, length)
+        if length > capacity:
+            rest = (length - 1) % (capacity - 1)
+            at_the_beginning = rest > 1 and draw() < 0.5
+            start, stop = (rest, length) if at_the_beginning else (0, length - rest)
+            while start + 1 < stop:
+                rows.append([(i, start, start + capacity)])
+                start += capacity - 1
+            left[i] = (0, rest + 1) if at_the_beginning else (start, length)
+            if rest < 2:
+                del left[i]
     while left:
         row, space = [], capacity
         while space and left:
-            fitting = [i for i in left if left[i] <= space]
-            i = max(fitting, key=lambda i: (left[i], -i)) if fitting else min(left, key=lambda i: (left[i], -i))
-            row.append((i, min(left[i], space)))
-            space -= row[-1][1]
-            del left[i]
+            by_size = sorted(left, key=lambda i: (left[i][1] - left[i][0], -i))
+            fitting = [i for i in by_size if left[i][1] - left[i][0] <= space]
+            i = fitting[-1] if fitting else by_size[int(draw() * len(by_size))]
+            start, stop = left.pop(i)
+            end = min(stop, start + space)
+            row.append((i, start, end))
+            if stop - end > 1:
+                left[i] = (end - 1, stop)
+            space -= end - start
         rows.append(row)
     return rows
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(2, 30), max_size=40), st.integers(2, 20))
-def test_packing_equals_the_plain_definition_of_best_fit(lengths: list[int], capacity: int) -> None:
-    assert best_fit(lengths, capacity) == slow_best_fit(lengths, capacity)
+@given(st.lists(st.integers(2, 60), max_size=40), st.integers(2, 20), st.integers(0, 9))
+def test_packing_equals_the_plain_definition_of_best_fit(lengths: list[int], capacity: int, seed: int) -> None:
+    draws = np.random.default_rng(seed).random, np.random.default_rng(seed).random
+    assert best_fit(lengths, capacity, draws[0]) == slow_best_fit(lengths, capacity, draws[1])
 
 
-def test_a_row_takes_the_longest_that_fits_then_crops_the_shortest() -> None:
-    # 8 slots: 5 is the longest that fits, then 3 fills the row; in the next only 9 and 10 are left, 9 is cropped
-    assert best_fit([9, 3, 5, 10], 8) == [[(2, 5), (1, 3)], [(0, 8)], [(3, 8)]]
-    assert best_fit([6, 4], 8) == [[(0, 6), (1, 2)]]
+def test_a_row_takes_the_longest_that_fits_and_then_the_beginning_of_any() -> None:
+    # 8 slots: 5 fits, then 3 fills the row
+    assert best_fit([3, 5], 8, lambda: 0.0) == [[(1, 0, 5), (0, 0, 3)]]
+    # 6 fits, then neither 4 nor 5: the first or the second by size is cropped to 2, its rest begins anew behind BOS
+    assert best_fit([6, 4, 5], 8, lambda: 0.0) == [[(0, 0, 6), (1, 0, 2)], [(2, 0, 5), (1, 1, 4)]]
+    assert best_fit([6, 4, 5], 8, lambda: 0.9) == [[(0, 0, 6), (2, 0, 2)], [(1, 0, 4), (2, 1, 5)]]
 
 
-def test_packed_rows_hold_the_documents_token_by_token() -> None:
-    documents = [np.array(d, np.int32) for d in ([0, 1, 2, 3, 4], [0, 5, 6], [0, 7, 8])]
-    assert pack(documents, 8).tolist() == [[0, 1, 2, 3, 4, 0, 5, 6], [0, 7, 8, -1, -1, -1, -1, -1]]
+def test_a_document_longer_than_a_row_fills_rows_and_leaves_a_rest_at_either_end() -> None:
+    # BOS and 17 tokens of text: two rows of 7 behind BOS, and 3
+    assert best_fit([18], 8, lambda: 0.9) == [[(0, 0, 8)], [(0, 7, 15)], [(0, 14, 18)]]
+    assert best_fit([18], 8, lambda: 0.0) == [[(0, 3, 11)], [(0, 10, 18)], [(0, 0, 4)]]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=26))
-def test_rows_begin_with_bos_and_hold_each_document_once_from_its_beginning(lengths: list[int]) -> None:
-    texts = [chr(97 + i) * n for i, n in enumerate(lengths)]  # every document its own letter
-    rows = rows_of(make(Texts([texts])))
-    counted = [[t for t in row if t >= 0] for row in rows]
-    assert all(row[0] == BOS for row in rows)
-    pieces = [piece for row in counted for piece in "".join(map(chr, row)).split("\0")[1:] if piece]
-    assert len({piece[0] for piece in pieces}) == len(pieces) <= len(texts)
-    for piece in pieces:
-        assert set(piece) == {piece[0]} and len(piece) <= lengths[ord(piece[0]) - 1]
-    with_text = [row for row in counted if len(row) > 1]
-    assert all(len(row) == T + 1 for row in with_text[:-1])
+def test_a_rest_of_one_token_is_dropped() -> None:
+    assert best_fit([16], 8, lambda: 0.0) == [[(0, 0, 8)], [(0, 7, 15)]]
+    assert best_fit([6, 3], 8, lambda: 0.0) == [[(0, 0, 6), (1, 0, 2)]]
+    assert best_fit([6, 4], 8, lambda: 0.0) == [[(0, 0, 6), (1, 0, 2)], [(1, 1, 4)]]
 
 
-def test_later_passes_show_what_the_first_one_dropped_of_a_long_document() -> None:
-    ids = np.arange(18)  # BOS and 17 tokens of text: pieces of 7, 7 and 3
-    assert window(ids, 0, T).tolist() == ids.tolist()
-    assert window(ids, 1, T).tolist() == [BOS, *range(8, 18)]
-    assert window(ids, 2, T).tolist() == [BOS, 15, 16, 17]
-    assert window(ids, 3, T).tolist() == ids.tolist()
-    assert window(ids[:3], 5, T).tolist() == [BOS, 1, 2]
-    rows = rows_of(itertools.islice(make(Texts([["abcdefghij"]]), batch_size=1, repeat=True), 2))
-    assert rows == [[0, 1, 2, 3, 4, 5, 6, 7], [0, 8, 9, 10, -1, -1, -1, -1]]
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=26), st.integers(2, 20), st.integers(0, 9))
+def test_the_pieces_of_a_document_hold_each_token_once_but_at_most_one(
+    lengths: list[int], capacity: int, seed: int
+) -> None:
+    shown: list[list[int]] = [[] for _ in lengths]
+    rows = best_fit(lengths, capacity, np.random.default_rng(seed).random)
+    for row in rows:
+        for i, start, stop in row:
+            shown[i] += range(start + 1, stop)  # its first slot shows BOS
+    for length, tokens in zip(lengths, shown, strict=True):
+        assert len(tokens) == len(set(tokens))
+        assert len(tokens) in (length - 2, length - 1) and set(tokens) <= set(range(1, length))
+    assert all(sum(stop - start for _, start, stop in row) == capacity for row in rows[:-1])
+
+
+def test_packed_rows_hold_the_pieces_token_by_token_each_behind_bos() -> None:
+    documents = [np.array(d, np.int32) for d in ([0, 1, 2, 3, 4], [0, 5, 6, 7, 8])]
+    plan = [[(0, 0, 5), (1, 0, 3)], [(1, 2, 5)]]
+    rows = pack(documents, plan, torch.full((2, 8), 99, dtype=torch.int32))
+    assert rows.tolist() == [[0, 1, 2, 3, 4, 0, 5, 6], [0, 7, 8, -1, -1, -1, -1, -1]]
+
+
+@pytest.mark.parametrize("sequence_len", [7, 15, 31])
+def test_a_pass_shows_all_documents_but_for_a_few_tokens_in_pieces_behind_bos(sequence_len: int) -> None:
+    source = random_source(longest=100)  # 5 x 40 documents of 50 letters on average
+    texts = [text for block in source.blocks["train"] for text in block]
+    loader = make(source, sequence_len=sequence_len, batch_size=1)
+    rows = ["".join(chr(96 + token) for token in row if token >= 0) for row in rows_of(loader)]
+    assert all(row[0] == chr(96 + BOS) for row in rows)
+    pieces = [piece for row in rows for piece in row.split(chr(96 + BOS)) if piece]
+    everything = "\n".join(texts)
+    assert all(piece in everything for piece in pieces)
+    total = sum(map(len, texts))
+    assert loader.tokens_kept == sum(map(len, pieces)) / total  # to the token
+    assert 0.94 < loader.tokens_kept < 1  # rests of one token, and an unfilled row a unit
+
+
+def test_the_share_kept_counts_what_a_unit_drops_and_no_bos() -> None:
+    # units of 8 rows: of the first, 9 documents of 7 letters, all are kept but the letters of a short last row
+    source = Texts([["a" * 7] * 8 + ["bbb"], ["c" * 7]])
+    loader = make(source, batch_size=1)
+    assert loader.tokens_kept == 0
+    assert len(rows_of(loader)) == 9
+    assert loader.tokens_kept == (8 * 7 + 7) / (8 * 7 + 3 + 7)
+
+
+def test_each_pass_shows_the_same_text_in_other_rows_the_same_in_each_run() -> None:
+    source = random_source(num_blocks=1, documents=100, longest=30)
+    loader = make(source, batch_size=1, repeat=True)
+    passes: list[list[tuple[int, ...]]] = [[], [], []]
+    while loader.cursor["epoch"] < 3:
+        (row,) = rows_of(iter([next(loader)]))
+        if loader.cursor["epoch"] < 3:
+            passes[loader.cursor["epoch"]].append(tuple(row))
+    letters = [len([token for row in rows for token in row if token > 0]) for rows in passes]
+    assert max(letters) - min(letters) < 0.05 * max(letters)
+    for a, b in itertools.combinations(passes, 2):
+        assert len(set(a) & set(b)) < 0.8 * len(a)
+    again = make(source, batch_size=1, repeat=True, cursor={"epoch": 2, "block": 0, "row": 0})
+    assert [tuple(row) for row in rows_of(itertools.islice(again, len(passes[2])))] == passes[2]
 
 
 # --- the stream
@@ -156,6 +219,18 @@ def test_inputs_and_targets_are_one_row_shifted_by_one() -> None:
     assert inputs.tolist() == [[0, 1, 2, 3, 4, 5, 6]] * 2
     assert targets.tolist() == [[1, 2, 3, 4, 5, 6, 7]] * 2
     assert inputs.dtype == targets.dtype == torch.int64
+
+
+def test_a_batch_is_the_callers_to_keep() -> None:
+    source = random_source()
+    kept = list(itertools.islice(make(source, repeat=True), 30))
+    fresh = make(source, repeat=True)
+    for inputs, targets in kept:
+        assert inputs.is_contiguous() and targets.is_contiguous()
+        expected = next(fresh)
+        assert torch.equal(inputs, expected[0]) and torch.equal(targets, expected[1])
+    storages = [tensor.data_ptr() for batch in kept for tensor in batch]
+    assert len(set(storages)) == 60
 
 
 def test_blocks_come_in_order_and_the_next_pass_begins_with_the_first() -> None:
@@ -223,15 +298,6 @@ def test_validation_is_the_same_each_time_it_is_built() -> None:
 # --- ends and small texts
 
 
-def test_one_pass_takes_at_least_the_beginning_of_every_document_and_ends() -> None:
-    texts = [c * n for c, n in zip("abcdefghij", itertools.cycle([1, 2, 3, 4, 7]), strict=False)]
-    rows = rows_of(make(Texts([texts])))
-    tokens = sorted(t for row in rows for t in row if t > 0)
-    starts = sum(t == BOS for row in rows for t in row)
-    assert starts >= len(texts)  # and BOS alone in rows without targets
-    assert set(tokens) == set(range(1, 11))
-
-
 def test_a_text_shorter_than_a_row_trains_with_the_rest_of_the_row_uncounted() -> None:
     inputs, targets = next(make(Texts([["abc"]]), batch_size=1))
     assert inputs.tolist() == [[0, 1, 2, 3, 0, 0, 0]]
@@ -271,6 +337,13 @@ def test_the_last_batch_of_a_pass_is_filled_with_rows_that_count_nothing() -> No
 def test_a_split_without_text_is_refused() -> None:
     with pytest.raises(InputError, match="the val split of texts has no text"):
         next(make(Texts([["a"]], [[], [""]]), split="val", repeat=True))
+
+
+def test_a_row_without_room_for_a_token_is_refused() -> None:
+    with pytest.raises(InputError, match="a sequence length of 0 holds no token; the shortest is 1"):
+        make(Texts([["a"]]), sequence_len=0)
+    inputs, targets = next(make(Texts([["aa"]]), sequence_len=1, batch_size=1))
+    assert (inputs.tolist(), targets.tolist()) == ([[BOS]], [[1]])
 
 
 # --- the thread
@@ -316,5 +389,48 @@ def test_the_thread_ends_with_its_loader(how: str) -> None:
         assert list(loader) == []
     del loader
     gc.collect()
-    thread.join(timeout=5)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(("world_size", "threads"), [(1, 24), (4, 6), (8, 4), (1000, 4)])
+def test_ranks_share_the_cores_but_have_a_few_threads_each(
+    world_size: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(24)), raising=False)
+    assert encode_threads(world_size) == threads
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    assert encode_threads(world_size) == 2
+
+
+# --- the device
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1", "cpu", "mps"])
+def test_rows_for_any_gpu_are_pinned_in_its_own_context(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts, pinned = [], []
+
+    @contextlib.contextmanager
+    def context(device: torch.device) -> Iterator[None]:
+        contexts.append(str(device))
+        yield
+        contexts.append("left")
+
+    def empty(shape: tuple[int, int], dtype: torch.dtype, pin_memory: bool = False) -> torch.Tensor:
+        pinned.append((pin_memory, list(contexts)))
+        return torch.zeros(shape, dtype=dtype)
+
+    monkeypatch.setattr(torch.cuda, "device", context)
+    monkeypatch.setattr(torch, "empty", empty)
+    assert host_rows(2, 8, torch.device(device)).shape == (2, 8)
+    assert pinned == ([(True, [device])] if device.startswith("cuda") else [(False, [])])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", ["cuda", f"cuda:{max(0, torch.cuda.device_count() - 1)}"])
+def test_a_gpu_gets_the_batches_of_the_cpu(device: str) -> None:
+    source = random_source(num_blocks=20, documents=200)
+    on_gpu = list(make(source, batch_size=3, device=device))  # all are on their way before one is read
+    on_cpu = list(make(source, batch_size=3))
+    assert len(on_gpu) == len(on_cpu) > 50
+    for a, b in zip(on_gpu, on_cpu, strict=True):
+        assert torch.equal(a[0].cpu(), b[0]) and torch.equal(a[1].cpu(), b[1])
