@@ -6,6 +6,8 @@ import contextlib
 import gc
 import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -390,6 +392,26 @@ def test_the_thread_ends_with_its_loader(how: str) -> None:
     del loader
     gc.collect()
     assert not thread.is_alive()
+
+
+def test_a_program_that_ends_while_its_loader_encodes_does_not_abort() -> None:
+    program = """
+from nanochat.data import loader
+from nanochat.tokenizer import Tokenizer
+
+class Words(loader.Source):
+    name = "words"
+    def num_blocks(self, split):
+        return 10**6
+    def read_block(self, split, i):
+        return ["the quick brown fox jumps over the lazy dog " * 20_000]  # long in Rust, short in Python
+
+loader.UNITS_AHEAD = 1000  # it is never idle
+tokenizer = Tokenizer.train_from_iterator(["the quick brown fox"], 300)
+next(loader.PackingLoader(Words(), "train", tokenizer, batch_size=1, sequence_len=2048))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("world_size", "threads"), [(1, 24), (4, 6), (8, 4), (1000, 4)])
