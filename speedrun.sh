@@ -26,7 +26,7 @@ if [ "$TIER" = cpu ]; then
     fi
     DEPTH=${MODEL#--depth=} DEPTH=${DEPTH%% *}
     # rates for small steps, see docs/EXPERIMENTS.md: at the default one, meant for half a million tokens, embeddings only jitter
-    BATCH="--device_batch_size=16 --total_batch_size=4096" RATES="--embedding_lr=0.05 --unembedding_lr=0.012"
+    BATCH="--device_batch_size=16 --total_batch_size=4096" RATES="--embedding_lr=0.05 --unembedding_lr=0.012 --matrix_lr=0.02"
 
     begin "d$DEPTH"
     stage reset python -m nanochat.report reset

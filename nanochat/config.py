@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -57,6 +58,15 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
+def _nearest_int(kind: Any, text: str) -> str:
+    """What to say of a fraction that was given for an integer."""
+    try:
+        value = float(text) if kind is int else math.nan
+    except ValueError:
+        return ""
+    return f"; try {max(1, round(value))}" if 0 < value < math.inf else ""
+
+
 def _scalar(kind: Any, optional: bool, off: Any, name: str) -> Callable[[str], Any]:
     """The function that turns a flag's text into its value."""
 
@@ -66,7 +76,7 @@ def _scalar(kind: Any, optional: bool, off: Any, name: str) -> Callable[[str], A
         try:
             value = kind(text.replace("_", "") if kind is int else text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}{_nearest_int(kind, text)}") from None
         return None if optional and off is not None and value == off else value
 
     parse.__name__ = name

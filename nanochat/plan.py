@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from nanochat.scaling import Shape, memory_bytes
+from nanochat import scaling
+from nanochat.config import InputError
+from nanochat.scaling import Shape, memory_bytes, rows_per_rank
 
 # One H100: bf16 peak, and the share of it that the public depth-20 runs of the plain architecture reached
 # (47.9-48.2% at depth 20, 21% at depth 8 over 200 steps).
@@ -14,48 +17,127 @@ H100_FLOPS = 989e12
 H100_MEMORY = 80 * 2**30
 DOLLARS_PER_GPU_HOUR = 3.00
 EXPECTED_MFU = 0.45
+CPU_MFU = 0.3
 
 
-def train_seconds(shape: Shape, num_tokens: float, num_gpus: int) -> float:
-    return shape.flops_per_token * num_tokens / (H100_FLOPS * num_gpus * EXPECTED_MFU)
+def train_seconds(shape: Shape, num_tokens: float, machine: Machine) -> float:
+    return shape.flops_per_token * num_tokens / (machine.flops * machine.num_devices)
 
 
 def dollars(seconds: float, num_gpus: int) -> float:
     return seconds / 3600 * num_gpus * DOLLARS_PER_GPU_HOUR
 
 
-def fitting_batch(shape: Shape, device_batch_size: int, world_size: int) -> int | None:
-    """The largest power-of-two fraction of the device batch that fits an 80 GB card; None if no row does."""
-    while device_batch_size >= 1:
-        if memory_bytes(shape, device_batch_size, world_size) < 0.95 * H100_MEMORY:
-            return device_batch_size
-        device_batch_size //= 2
-    return None
+@dataclass(frozen=True)
+class Machine:
+    """Where stages run. Rates are of one device: a GPU, or all cores of a CPU."""
+
+    name: str
+    num_devices: int
+    flops: float  # FLOP/s that training reaches
+    pass_seconds: float  # per layer: the least that a forward and backward pass takes
+    decode_seconds: float  # per layer: the least that a new token takes, for all rows at once
+    core_seconds: float  # per CORE example
+    start_seconds: float  # a stage: imports, loading, compiling
+    chars_per_second: float  # of tokenizer training
+    dollars_per_hour: float  # all devices together; they cost as much while one works
+    idle_memory: float  # bytes of a process before it has a model
+    memory: float | None  # bytes a device; None = not looked at
+    value_bytes: int = 2  # of an activation
+    is_cpu: bool = False
+
+    def rows(self, shape: Shape, rows: int) -> int | None:
+        """The largest divisor of the rows whose training fits a device; all of them where memory is not looked at."""
+        if self.memory is None:
+            return rows
+        share = scaling.CPU_SHARE if self.is_cpu else scaling.GPU_SHARE
+        pass_tokens = scaling.CPU_PASS_TOKENS if self.is_cpu else math.inf
+        found = scaling.fitting_rows(
+            shape, rows, self.num_devices, share * self.memory, (False,), self.value_bytes, pass_tokens
+        )
+        return next((n for n, _ in found), None)
 
 
-def plan_lines(shape: Shape, steps: int, total_batch_size: int, device_batch_size: int) -> list[str]:
-    tokens = steps * total_batch_size
-    lines = [
+def h100s(num_gpus: int) -> Machine:
+    return Machine(
+        name=f"{num_gpus} x H100 at ${DOLLARS_PER_GPU_HOUR:.2f} a GPU and hour, {EXPECTED_MFU:.0%} of peak",
+        num_devices=num_gpus,
+        flops=H100_FLOPS * EXPECTED_MFU,
+        pass_seconds=0.01,  # 1,307 fine-tuning steps at depth 8 in 107 s
+        decode_seconds=0.000585,  # 467 steps of RL at depth 20, two prompts of 256 new tokens each, in 47 min
+        core_seconds=0.06,  # all of CORE at depth 8 on eight GPUs in 11.5 min
+        start_seconds=40,  # base_loss at depth 8, whole
+        chars_per_second=36e6,  # 6e9 characters in 167 s
+        dollars_per_hour=dollars(3600, num_gpus),
+        idle_memory=0.0,  # what the driver takes is not in the reports' figures
+        memory=H100_MEMORY,
+    )
+
+
+def this_cpu(peak_flops: float, memory: float | None = None, value_bytes: int = 4) -> Machine:
+    """This machine without a GPU, from the FLOP/s of a large matmul on it. Training at depth 4 reached 0.35
+    of that on two cores (docs/BENCHMARKS.md); the other rates are rough guesses."""
+    return Machine(
+        name=f"this CPU, {CPU_MFU:.0%} of the {peak_flops / 1e9:.0f} GFLOP/s measured in matmuls",
+        num_devices=1,
+        flops=CPU_MFU * peak_flops,
+        pass_seconds=0.004,
+        decode_seconds=0.001,
+        core_seconds=0.02,
+        start_seconds=6,
+        chars_per_second=2e6,
+        dollars_per_hour=0.0,
+        idle_memory=0.7 * 2**30,
+        memory=memory,
+        value_bytes=value_bytes,
+        is_cpu=True,
+    )
+
+
+def plan_lines(shape: Shape, steps: int, cfg: Any, machines: Sequence[Machine]) -> list[str]:
+    """What a base training takes on each machine.
+
+    Args:
+        cfg: its config (scripts/base_train.py), with nothing left open but the device batch.
+    """
+    tokens = steps * cfg.total_batch_size
+    return [
         f"depth {shape.n_layer}, width {shape.n_embd}, {shape.n_head} heads, vocabulary {shape.vocab_size:,}, "
-        f"context {shape.sequence_len:,}",
+        f"context {shape.sequence_len:,}, {shape.arch}",
         f"Number of parameters: {shape.num_params:,}",
         f"Estimated FLOPs per token: {shape.flops_per_token:e}",
+        f"Total batch size: {cfg.total_batch_size:,} tokens",
+        f"Learning rates: embedding {cfg.embedding_lr:.4g}, unembedding {cfg.unembedding_lr:.4g}, "
+        f"matrices {cfg.matrix_lr:.4g}; weight decay {cfg.weight_decay:.4g}",
         f"Number of iterations: {steps:,}",
         f"Total number of training tokens: {tokens:,}",
         f"Tokens : Params ratio: {tokens / shape.num_params:.2f}",
         f"Total training FLOPs estimate: {shape.flops_per_token * tokens:e}",
+        *(machine_line(shape, tokens, cfg, machine) for machine in machines),
     ]
-    for gpus in (1, 8):
-        seconds = train_seconds(shape, tokens, gpus)
-        memory = memory_bytes(shape, device_batch_size, gpus)
-        fit = fitting_batch(shape, device_batch_size, gpus)
-        way_out = f"use --device_batch_size={fit}" if fit else "not one row fits, lower --depth or --max_seq_len"
-        advice = "" if fit == device_batch_size else f", too much: {way_out}"
-        lines.append(
-            f"{gpus} x H100 (estimate at {EXPECTED_MFU:.0%} of peak): {seconds / 3600:.2f} h, "
-            f"${dollars(seconds, gpus):.2f}, {memory / 2**30:.1f} GiB per GPU at {device_batch_size} rows{advice}"
-        )
-    return lines
+
+
+def machine_line(shape: Shape, tokens: int, cfg: Any, machine: Machine) -> str:
+    num_devices = machine.num_devices
+    try:
+        most = rows_per_rank(cfg.total_batch_size, shape.sequence_len, num_devices)
+    except InputError as error:
+        return f"{machine.name}: {error}"
+    seconds = train_seconds(shape, tokens, machine)
+    cost = machine.dollars_per_hour * seconds / 3600
+    rows, fit = cfg.device_batch_size, machine.rows(shape, most)
+    advice = ""
+    if fit is None:
+        rows, advice = rows or 1, ", too much: not one row fits, lower --depth or --max_seq_len"
+    elif rows is None:
+        rows = fit
+    elif machine.rows(shape, rows) != rows:
+        advice = f", too much: use --device_batch_size={machine.rows(shape, rows)}"
+    memory = memory_bytes(shape, rows, num_devices, value_bytes=machine.value_bytes) + machine.idle_memory
+    where = "per GPU" if num_devices > 1 else "in all"
+    return (
+        f"{machine.name}: {seconds / 3600:.2f} h, ${cost:.2f}, {memory / 2**30:.1f} GiB {where} at {rows} rows{advice}"
+    )
 
 
 # The rest: rules of thumb for whole recipes. Those for GPUs are fitted to the times in public reports of this
@@ -81,57 +163,6 @@ TASK_EXAMPLES = {
 OTHER = 200  # tinyworld's
 RL_EXAMPLES = {"GSM8K": 7473, "AQUA": 97_467, "SpellingBee": 80_000}
 CATEGORICAL = ("ARC-Easy", "ARC-Challenge", "MMLU", "AQUA")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where stages run. Rates are of one device: a GPU, or all cores of a CPU."""
-
-    name: str
-    num_devices: int
-    flops: float  # FLOP/s that training reaches
-    pass_seconds: float  # per layer: the least that a forward and backward pass takes
-    decode_seconds: float  # per layer: the least that a new token takes, for all rows at once
-    core_seconds: float  # per CORE example
-    start_seconds: float  # a stage: imports, loading, compiling
-    chars_per_second: float  # of tokenizer training
-    dollars_per_hour: float  # all devices together; they cost as much while one works
-    idle_memory: float  # bytes of a process before it has a model
-    memory: float | None  # bytes a device; None = not looked at
-
-
-def h100s(num_gpus: int) -> Machine:
-    return Machine(
-        name=f"{num_gpus} x H100 at ${DOLLARS_PER_GPU_HOUR:.2f} a GPU and hour",
-        num_devices=num_gpus,
-        flops=H100_FLOPS * EXPECTED_MFU,
-        pass_seconds=0.01,  # 1,307 fine-tuning steps at depth 8 in 107 s
-        decode_seconds=0.000585,  # 467 steps of RL at depth 20, two prompts of 256 new tokens each, in 47 min
-        core_seconds=0.06,  # all of CORE at depth 8 on eight GPUs in 11.5 min
-        start_seconds=40,  # base_loss at depth 8, whole
-        chars_per_second=36e6,  # 6e9 characters in 167 s
-        dollars_per_hour=dollars(3600, num_gpus),
-        idle_memory=0.0,  # what the driver takes is not in the reports' figures
-        memory=H100_MEMORY,
-    )
-
-
-def this_cpu(peak_flops: float) -> Machine:
-    """This machine without a GPU, from the FLOP/s of a large matmul on it. Training at depth 4 reached 0.35
-    of that on two cores (docs/BENCHMARKS.md); the other rates are rough guesses."""
-    return Machine(
-        name=f"this CPU, {peak_flops / 1e9:.0f} GFLOP/s measured in matmuls",
-        num_devices=1,
-        flops=0.3 * peak_flops,
-        pass_seconds=0.004,
-        decode_seconds=0.001,
-        core_seconds=0.02,
-        start_seconds=6,
-        chars_per_second=2e6,
-        dollars_per_hour=0.0,
-        idle_memory=0.7 * 2**30,
-        memory=None,
-    )
 
 
 @dataclass(frozen=True)
@@ -181,7 +212,8 @@ class Estimator:
         return 4 * self.shape.num_params + min(self._cache(rows, length), CACHE_BYTES) + logits
 
     def training_memory(self, rows: int, sequence_len: int) -> float:
-        return memory_bytes(replace(self.shape, sequence_len=sequence_len), rows, self.num_ranks)
+        shape = replace(self.shape, sequence_len=sequence_len)
+        return memory_bytes(shape, rows, self.num_ranks, value_bytes=self.machine.value_bytes)
 
     def training(
         self, steps: int, total_batch_size: int, rows: int, validations: float, validation_tokens: float
@@ -191,9 +223,8 @@ class Estimator:
         accumulation = total_batch_size / (rows * self.shape.sequence_len * self.num_ranks)
         seconds = self._passes(steps, tokens, accumulation) + self._forward(validations * validation_tokens)
         memory = self.training_memory(rows, self.shape.sequence_len)
-        fit = fitting_batch(self.shape, rows, self.num_ranks)
-        too_much = self.machine.memory is not None and fit != rows
-        return self._stage(seconds, memory, f"too much: use --device_batch_size={fit}" if too_much else "")
+        fit = self.machine.rows(self.shape, rows)
+        return self._stage(seconds, memory, f"too much: use --device_batch_size={fit}" if fit != rows else "")
 
     def tokenizer(self, num_chars: int) -> Estimate:
         return Estimate(self.machine.start_seconds + num_chars / self.machine.chars_per_second)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +18,14 @@ import torch.distributed as dist
 from nanochat.config import InputError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# How long a rank waits for the others in a collective before the run ends: a cold torch.compile on one of them takes
+# minutes, a first download an hour. NANOCHAT_TIMEOUT_MINUTES changes it.
+TIMEOUT_MINUTES = 60.0
+
+# On a CPU bf16 must be this much faster in a matmul than fp32, or what it loses in casts is not won back.
+BF16_GAIN = 1.5
+FP8_CAPABILITY = (8, 9)  # Ada and Hopper
 
 # Dense bf16 peak FLOP/s by lower-cased device name; all listed substrings must occur, first match wins
 # (vendors' data sheets).
@@ -59,6 +71,7 @@ class Runtime:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    local_world_size: int = 1  # ranks on this node, which share its memory and cores
 
     @property
     def is_master(self) -> bool:
@@ -79,16 +92,55 @@ def _compute_dtype(device_type: str) -> torch.dtype:
         return DTYPES[name]
     if device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
         return torch.bfloat16
-    if device_type == "cpu" and _cpu_has_bf16():
+    if device_type == "cpu" and bf16_gain() >= BF16_GAIN:
         return torch.bfloat16
     return torch.float32
 
 
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AVX512_BF16 or AMX): four times the fp32 rate there, while an
-    emulated bf16 is slower than fp32. torch offers these probes only under private names."""
-    probes = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
-    return any(probe() for probe in probes if probe is not None)
+@functools.cache
+def bf16_gain() -> float:
+    """How many times as fast as in fp32 this CPU multiplies matrices in bf16: 2 to 4 with AVX512_BF16 or AMX, below 1
+    where bf16 is emulated. Takes some 20 ms.
+
+    On one thread and in turns, so that other work on the machine, which slows both, does not decide it. fp16 is never
+    tried: no common CPU multiplies it faster than fp32.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        fp32, bf16 = matmul_seconds(384, (torch.float32, torch.bfloat16), repeats=12)
+    finally:
+        torch.set_num_threads(num_threads)
+    return fp32 / bf16
+
+
+def matmul_seconds(n: int, dtypes: tuple[torch.dtype, ...], repeats: int) -> list[float]:
+    """The best time of an n x n x n matmul in each dtype, tried in turns, after one that warms up."""
+    best = [float("inf")] * len(dtypes)
+    matrices = [torch.ones(n, n, dtype=dtype) for dtype in dtypes]
+    for repeat in range(repeats + 1):
+        for i, a in enumerate(matrices):
+            t0 = time.perf_counter()
+            a @ a
+            if repeat:
+                best[i] = min(best[i], time.perf_counter() - t0)
+    return best
+
+
+def require_fp8(runtime: Runtime) -> None:
+    """
+    Raises:
+        InputError: this device does not multiply in fp8.
+    """
+    if runtime.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(runtime.device)
+        if (major, minor) >= FP8_CAPABILITY:
+            return
+        have = f"{torch.cuda.get_device_name(runtime.device)} has {major}.{minor}"
+    else:
+        have = f"this run is on {runtime.device.type}"
+    needed = ".".join(map(str, FP8_CAPABILITY))
+    raise InputError(f"--fp8 needs a GPU of compute capability {needed} or more, and {have}; leave it out")
 
 
 def start(device_type: str | None = None, seed: int = 42) -> Runtime:
@@ -106,19 +158,53 @@ def start(device_type: str | None = None, seed: int = 42) -> Runtime:
         raise InputError("--device_type mps, but torch finds no Apple GPU; use --device_type=cpu")
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # a launcher without it knows one node
     device = torch.device(device_type)
     if device_type == "cuda":
+        num_gpus = torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise InputError(
+                f"{local_world_size} ranks on this node, but it has {num_gpus} GPUs; use --nproc_per_node={num_gpus}"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if device_type == "cuda" else "gloo"
-        # an hour: a cold torch.compile on one rank must not trip the others' watchdog
         kwargs: dict[str, Any] = {"device_id": device} if device_type == "cuda" else {}
-        dist.init_process_group(backend, timeout=timedelta(hours=1), **kwargs)
+        dist.init_process_group(backend, timeout=timeout(), **kwargs)
         dist.barrier()
     torch.manual_seed(seed)
-    return Runtime(device, _compute_dtype(device_type), rank, local_rank, world_size)
+    dtype = _agreed(_compute_dtype(device_type), device)
+    return Runtime(device, dtype, rank, local_rank, world_size, local_world_size)
+
+
+def timeout() -> timedelta:
+    """How long a collective waits for a rank.
+
+    Raises:
+        InputError: NANOCHAT_TIMEOUT_MINUTES is no time.
+    """
+    text = os.environ.get("NANOCHAT_TIMEOUT_MINUTES", str(TIMEOUT_MINUTES))
+    try:
+        minutes = timedelta(minutes=float(text))
+        if minutes > timedelta(0):
+            return minutes
+    except (ValueError, OverflowError):
+        pass
+    raise InputError(
+        f"NANOCHAT_TIMEOUT_MINUTES={text} is no number of minutes above 0; unset it for {TIMEOUT_MINUTES:.0f}"
+    )
+
+
+def _agreed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The master's dtype, on all ranks: nodes may differ, and probes at their limit too."""
+    if not dist.is_initialized():
+        return dtype
+    known = list(DTYPES.values())
+    index = torch.tensor(known.index(dtype), device=device)
+    dist.broadcast(index, src=0)
+    return known[int(index)]
 
 
 def stop() -> None:
@@ -159,15 +245,88 @@ def peak_flops(runtime: Runtime) -> float:
         return float("inf")
     if runtime.device.type != "cpu":
         return float("inf")
-    n = 1024
-    a = torch.ones(n, n, dtype=runtime.dtype)
-    a @ a
-    best = float("inf")
-    for _ in range(5):
-        t0 = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - t0)
-    return 2 * n**3 / best
+    return _cpu_flops(runtime.dtype)
+
+
+@functools.cache
+def _cpu_flops(dtype: torch.dtype) -> float:
+    """The best rate over sizes: what fits a core's cache is fastest on a busy machine, large ones on a quiet one."""
+    sizes = ((512, 5), (1024, 5), (2048, 3))
+    return max(2 * n**3 / matmul_seconds(n, (dtype,), repeats)[0] for n, repeats in sizes)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch's own error on GPUs, a plain RuntimeError of its CPU allocator."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+@contextlib.contextmanager
+def memory_advice(rows: int) -> Iterator[None]:
+    """End an allocation that fails in training with the flags that fit, the pass having had so many rows.
+
+    Raises:
+        InputError: out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fewer = next((n for n in range(rows // 2, 0, -1) if rows % n == 0), None)
+        way_out = f"--device_batch_size={fewer}" if fewer else "a smaller --max_seq_len or --depth"
+        raise InputError(f"out of memory with {rows} rows a pass; try {way_out}") from None
+
+
+def available_memory(runtime: Runtime) -> float:
+    """Bytes that this rank may still take: free on its GPU, or its share of the node's free memory, where a cgroup
+    (a container, a job of a scheduler) may allow less than the machine has. The least over all ranks."""
+    if runtime.device.type == "cuda":
+        free = float(torch.cuda.mem_get_info(runtime.device)[0])
+    else:
+        import psutil
+
+        free = min(float(psutil.virtual_memory().available), _cgroup_free(Path("/sys/fs/cgroup"), _cgroups()))
+        free /= runtime.local_world_size
+    least = torch.tensor(-free, dtype=torch.float32, device=runtime.device)  # MPS has no fp64
+    return -all_reduce(least, "max").item()
+
+
+def _cgroups() -> str:
+    try:
+        return Path("/proc/self/cgroup").read_text()
+    except OSError:  # no Linux
+        return ""
+
+
+def _cgroup_free(root: Path, membership: str) -> float:
+    """Bytes that the process's control group and those around it leave; infinity without a limit. Cached files count
+    as used there, yet are given up on demand.
+
+    Args:
+        membership: text of /proc/self/cgroup: lines `id:controllers:path`, of version 1 or (no controllers) 2.
+    """
+    free = float("inf")
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, used = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            top, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(top):
+                break
+            try:
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+                taken = int((folder / used).read_text()) - int(stat.get("inactive_file", 0))
+                free = min(free, float(int((folder / limit).read_text()) - taken))
+            except (OSError, ValueError):  # no such group here, or no limit: "max"
+                continue
+    return free
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -1,28 +1,74 @@
-"""From depth to everything: width, parameters, FLOPs, horizon, memory. Pure functions, no torch.
+"""From depth to everything: width, parameters, FLOPs, batch, horizon, learning rates, memory. Pure functions, no torch.
 
-# L layers, d = n_embd, V vocab_size, T sequence_len
+# L layers, d = n_embd, V vocab_size, T sequence_len; N parameters, B tokens a step, D tokens of a run
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from nanochat.config import InputError
 
 ASPECT_RATIO = 64  # n_embd per layer (the reference's choice)
 HEAD_DIM = 128  # target head size (the reference's choice)
 
-# Activation bytes per token, layer and channel, and logit bytes per token and vocabulary entry: fitted to the
-# peak memory that two public runs of the plain architecture report (19,176 MiB at depth 8, 75,422 MiB at
-# depth 20, 32 rows of 2,048 tokens a GPU).
-ACTIVATION_BYTES = 38.6
-LOGIT_BYTES = 2.05
+
+@dataclass(frozen=True)
+class Settings:
+    """What the depth dial decides unless a flag does; the names are those of the flags."""
+
+    total_batch_size: int  # tokens
+    target_param_data_ratio: float  # D/N, N being num_params of plain and num_scaling_params of modern
+    embedding_lr: float
+    unembedding_lr: float
+    matrix_lr: float
+    weight_decay: float
+
+
+RATES = ("embedding_lr", "unembedding_lr", "matrix_lr")
+
+PLAIN = Settings(2**19, 20, 0.2, 0.004, 0.02, 0.0)  # the reference's, at any depth
+
+# `modern`: the values at the reference depth, and how they move from there. Runs of runs/scaling_laws.sh re-fit them.
+MODERN = Settings(2**19, 12.0, 0.2, 0.004, 0.02, 0.0)
+REFERENCE_DEPTH = 12
+BATCH_EXPONENT = 0.383  # B ~ D^0.383 (Bergsma et al. 2025, arXiv 2505.13738: the critical batch grows with the data)
+LR_EXPONENT = 0.5  # rates ~ sqrt(B) (Malladi et al. 2022, arXiv 2205.10287)
+WINDOW_PARTS, WINDOW_MULTIPLE = 4, 128  # a short window: T/4, rounded up to what attention kernels take at once
+
+# Values kept for the backward pass per token, layer and channel: fitted, with the logits below, to the peak memory
+# that two public runs of the plain architecture in bf16 report (19,176 MiB at depth 8, 75,422 MiB at depth 20, 32 rows
+# of 2,048 tokens a GPU). What autograd keeps of ours, counted: 17 to 19 (bf16 and fp32, not compiled, any depth).
+ACTIVATION_VALUES = 19.3
+WHOLE_LOGIT_BYTES = 2.05  # of those runs, which held all logits at once
+# Our loss holds the logits of a chunk: fp32 logits, capped logits, softmax, gradient. Measured, in fp32 and bf16: 16
+# bytes a logit of a loss in one piece, 21 of one in chunks.
+LOGITS_AT_ONCE = 1 << 28
+LOGIT_BYTES = 21.0
+
+# Of the free memory, what training is planned to take. The rest is for what the memory model does not know: workspaces,
+# fragments, evaluations. On a CPU other programs want some, and the kernel kills who takes too much: no error comes.
+GPU_SHARE, CPU_SHARE = 0.95, 0.7
+CPU_PASS_TOKENS = 8192  # that a CPU takes at once; more take memory and are no faster
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a model's weights.
+
+    kind: "matrix" (in a block; Muon's), "head" (multiplies as well), "table" (only looked up) or "scalar".
+    """
+
+    kind: str
+    num_params: int
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a plain model."""
+    """The sizes of a model."""
 
     n_layer: int
     n_embd: int
@@ -30,23 +76,49 @@ class Shape:
     n_kv_head: int
     vocab_size: int
     sequence_len: int
+    arch: str = "plain"
+    window_pattern: str = "L"  # see windows()
 
     @property
-    def num_matrix_params(self) -> int:
+    def parts(self) -> dict[str, Part]:
+        """All weights by name: the one place that says what a model consists of."""
         head_dim = self.n_embd // self.n_head
         attention = 2 * self.n_embd**2 + 2 * self.n_embd * self.n_kv_head * head_dim
-        return self.n_layer * (attention + 8 * self.n_embd**2)
+        return {
+            "wte": Part("table", self.vocab_size * self.n_embd),
+            "attention": Part("matrix", self.n_layer * attention),
+            "mlp": Part("matrix", self.n_layer * 8 * self.n_embd**2),
+            "lm_head": Part("head", self.vocab_size * self.n_embd),
+        }
+
+    def count(self, *kinds: str) -> int:
+        return sum(part.num_params for part in self.parts.values() if part.kind in kinds)
 
     @property
     def num_params(self) -> int:
-        return self.num_matrix_params + 2 * self.vocab_size * self.n_embd
+        return sum(part.num_params for part in self.parts.values())
+
+    @property
+    def num_matrix_params(self) -> int:
+        return self.count("matrix")
+
+    @property
+    def num_scaling_params(self) -> int:
+        """N of the scaling rules: what multiplies. Public runs found the best D/N then hardly moves with depth,
+        while with the tables in N it falls from model to model."""
+        return self.count("matrix", "head")
+
+    @property
+    def num_horizon_params(self) -> int:
+        """N of --target_param_data_ratio: the reference counts all parameters."""
+        return self.num_params if self.arch == "plain" else self.num_scaling_params
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs: 6 per matrix parameter (the embedding table is a look-up, the head counts), and
-        12*L*d*T for attention scores and values (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
-        matmul = 6 * (self.num_params - self.vocab_size * self.n_embd)
-        return matmul + 12 * self.n_layer * self.n_embd * self.sequence_len
+        """Training FLOPs: 6 per weight that multiplies, and 12*d*S for the attention scores and values of a layer
+        with S visible positions (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
+        visible = sum(windows(self.window_pattern, self.n_layer, self.sequence_len))
+        return 6 * self.num_scaling_params + 12 * self.n_embd * visible
 
 
 def shape_from_depth(
@@ -55,6 +127,7 @@ def shape_from_depth(
     sequence_len: int,
     aspect_ratio: int = ASPECT_RATIO,
     head_dim: int = HEAD_DIM,
+    arch: str = "plain",
 ) -> Shape:
     """The model that the depth dial means.
 
@@ -63,12 +136,11 @@ def shape_from_depth(
     """
     n_embd, n_head = _width(depth, aspect_ratio, head_dim)
     if not _divides(n_embd, n_head):
-        near = [d for d in range(max(1, depth - 3), depth + 4) if _divides(*_width(d, aspect_ratio, head_dim))]
-        best = min(near, key=lambda d: abs(d - depth), default=2 * depth)
         raise InputError(
-            f"--depth {depth} gives a width of {n_embd} that {n_head} heads do not divide; try --depth={best}"
+            f"--depth {depth} gives a width of {n_embd} that {n_head} heads do not divide into even sizes; try "
+            + _nearest_that_divides(depth, aspect_ratio, head_dim)
         )
-    return Shape(depth, n_embd, n_head, n_head, vocab_size, sequence_len)
+    return Shape(depth, n_embd, n_head, n_head, vocab_size, sequence_len, arch)
 
 
 def _width(depth: int, aspect_ratio: int, head_dim: int) -> tuple[int, int]:
@@ -78,6 +150,126 @@ def _width(depth: int, aspect_ratio: int, head_dim: int) -> tuple[int, int]:
 
 def _divides(n_embd: int, n_head: int) -> bool:
     return n_embd % n_head == 0 and (n_embd // n_head) % 2 == 0
+
+
+def _nearest_that_divides(depth: int, aspect_ratio: int, head_dim: int) -> str:
+    """Flags near these that give heads of an even size: another depth, else another head size as well."""
+    depths = sorted(range(max(1, depth - 3), depth + 4), key=lambda d: (abs(d - depth), d))
+    for d in depths:
+        if _divides(*_width(d, aspect_ratio, head_dim)):
+            return f"--depth={d}"
+    for d in depths:
+        width = d * aspect_ratio
+        sizes = [h for h in range(2, width + 1, 2) if width % h == 0]
+        if sizes:
+            size = min(sizes, key=lambda h: abs(h - head_dim))
+            return f"--depth={d} --head_dim={size}"
+    raise AssertionError("one of two neighbouring depths is even, and its width has heads of 2")
+
+
+def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
+    """Positions that each layer's attention sees, from a pattern of letters that is repeated over the layers.
+
+    L sees the whole context, S a quarter of it, rounded up to a multiple of 128; a short window that would be longer
+    than the context is the whole context. The last layer is L whatever the pattern says.
+
+    Raises:
+        InputError: another letter, or none.
+    """
+    letters = pattern.upper()
+    if not letters or set(letters) - set("SL"):
+        near = "".join(letter for letter in letters if letter in "SL") or "L"
+        raise InputError(
+            f"--window_pattern {pattern!r} must be letters S (short window) and L (all of the context); try "
+            f"--window_pattern={near}"
+        )
+    short = math.ceil(sequence_len / WINDOW_PARTS / WINDOW_MULTIPLE) * WINDOW_MULTIPLE
+    sizes = {"S": min(short, sequence_len), "L": sequence_len}
+    layers = [sizes[letters[i % len(letters)]] for i in range(n_layer - 1)]
+    return (*layers, sequence_len)
+
+
+def settings(
+    shape: Shape, world_size: int, rows: int | None = None, given: Mapping[str, Any] | None = None
+) -> Settings:
+    """What follows from the depth for a run on `world_size` ranks.
+
+    `plain` has the reference's values. `modern`: with D = ratio * N tokens to see, and B_ref, D_ref those of depth 12
+    with this vocabulary and context,
+
+        B = B_ref * (D/D_ref)^0.383, rounded to what the ranks can share;
+        learning rates * sqrt(B/B_ref);
+        weight decay * sqrt(B/B_ref) * D_ref/D: then the steps over which it forgets stay the same part of a run
+        (Wang & Aitchison 2024, arXiv 2405.13698).
+
+    Args:
+        rows: a rank takes at once, where that is decided already.
+        given: values of flags by name; they are taken as they are. None = not given.
+
+    Raises:
+        InputError: a value that no run can have.
+    """
+    flags = {name: value for name, value in (given or {}).items() if value is not None}
+    check_numbers(shape, flags, world_size, rows)
+    if shape.arch == "plain":
+        return Settings(**{**asdict(PLAIN), **flags})
+    ratio = flags.get("target_param_data_ratio", MODERN.target_param_data_ratio)
+    tokens = ratio * shape.num_horizon_params
+    reference = reference_tokens(shape)
+    batch = flags.get("total_batch_size")
+    if batch is None:
+        ideal = MODERN.total_batch_size * (tokens / reference) ** BATCH_EXPONENT
+        batch = shared_batch(ideal, tokens, (rows or 1) * shape.sequence_len * world_size)
+    scale = (batch / MODERN.total_batch_size) ** LR_EXPONENT
+    auto = {name: getattr(MODERN, name) * scale for name in RATES}
+    auto["weight_decay"] = MODERN.weight_decay * scale * reference / tokens
+    return Settings(**{**auto, "total_batch_size": batch, "target_param_data_ratio": ratio, **flags})
+
+
+def with_settings(cfg: Any, shape: Shape, world_size: int) -> Any:
+    """The config of a run (scripts/base_train.py) with every setting decided that it leaves open (None)."""
+    given = {f.name: getattr(cfg, f.name) for f in fields(Settings)}
+    return replace(cfg, **asdict(settings(shape, world_size, cfg.device_batch_size, given)))
+
+
+def reference_tokens(shape: Shape) -> float:
+    """D_ref: tokens of the reference depth's run with this vocabulary and context."""
+    d12 = shape_from_depth(REFERENCE_DEPTH, shape.vocab_size, shape.sequence_len, arch=shape.arch)
+    return MODERN.target_param_data_ratio * d12.num_horizon_params
+
+
+def shared_batch(ideal: float, most: float, unit: int) -> int:
+    """The batch near `ideal` that is a multiple of `unit` tokens, has three significant bits, so that passes of many
+    rows divide it (the nearest power of two would be off by up to 1.41, this by at most 1/9), and is at most `most`.
+    """
+    n = max(ideal / unit, 1.0)
+    step = max(1, 2 ** (math.floor(math.log2(n)) - 2))
+    n = max(1, round(n / step) * step)
+    return unit * min(n, max(1, math.floor(most / unit)))
+
+
+def check_numbers(shape: Shape, flags: Mapping[str, Any], world_size: int, rows: int | None) -> None:
+    """Refuse what no run can have.
+
+    Raises:
+        InputError: a batch that the ranks cannot share, a rate or ratio that is no number, infinite or negative, or a
+            ratio of 0.
+    """
+    for name, value in flags.items():
+        if name == "total_batch_size":
+            grad_accum_steps(value, rows or 1, shape.sequence_len, world_size)
+        if name == "target_param_data_ratio" and not 0 < value < math.inf:
+            auto = PLAIN.total_batch_size if shape.arch == "plain" else (rows or 1) * shape.sequence_len * world_size
+            least = rounded_up(flags.get("total_batch_size", auto) / shape.num_horizon_params)
+            raise InputError(f"--{name} {value} gives no step; the least that gives one is --{name}={least}")
+        if (name in RATES or name == "weight_decay") and not 0 <= value < math.inf:
+            raise InputError(f"--{name} {value} must be a number from 0; try --{name}={getattr(PLAIN, name)}")
+
+
+def rounded_up(value: float) -> str:
+    """The value to three digits, not below it."""
+    digits = 2 - math.floor(math.log10(value))
+    return f"{math.ceil(value * 10**digits) / 10**digits:.{max(0, digits)}f}"
 
 
 def num_iterations(
@@ -92,24 +284,38 @@ def num_iterations(
     Raises:
         InputError: no rule is set, or the one that is gives no step.
     """
+    step_flops = shape.flops_per_token * total_batch_size
     if iterations is not None:
-        steps, rule = iterations, "num_iterations"
+        steps, rule, value, least = float(iterations), "num_iterations", float(iterations), "1"
     elif target_flops is not None:
-        steps, rule = round(target_flops / (shape.flops_per_token * total_batch_size)), "target_flops"
+        steps, rule, value = target_flops / step_flops, "target_flops", target_flops
+        least = f"{step_flops:.3e}"
     elif target_param_data_ratio is not None:
-        steps = math.floor(target_param_data_ratio * shape.num_params / total_batch_size)
-        rule = "target_param_data_ratio"
+        tokens = target_param_data_ratio * shape.num_horizon_params
+        steps, rule, value = tokens / total_batch_size, "target_param_data_ratio", target_param_data_ratio
+        least = rounded_up(total_batch_size / shape.num_horizon_params)
     else:
         raise InputError(
             "no horizon: give --num_iterations, --target_flops or --target_param_data_ratio, e.g. "
             "--target_param_data_ratio=20"
         )
-    if steps < 1:
+    if math.isfinite(steps):
+        steps = round(steps) if rule == "target_flops" else math.floor(steps)
+    if not 1 <= steps < math.inf:
         raise InputError(
-            f"--{rule} gives {steps} optimizer steps of {total_batch_size:,} tokens; raise it, or try "
-            "--num_iterations=1"
+            f"--{rule} {value:g} gives no step of {total_batch_size:,} tokens; the least that gives one is "
+            f"--{rule}={least}"
         )
-    return steps, rule
+    return int(steps), rule
+
+
+def rows_per_rank(total_batch_size: int, sequence_len: int, world_size: int) -> int:
+    """Rows of a step on each rank: what a device batch must divide.
+
+    Raises:
+        InputError: the batch is no multiple of a row of each rank.
+    """
+    return grad_accum_steps(total_batch_size, 1, sequence_len, world_size)
 
 
 def grad_accum_steps(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
@@ -128,15 +334,87 @@ def grad_accum_steps(total_batch_size: int, device_batch_size: int, sequence_len
     return total_batch_size // tokens
 
 
-def memory_bytes(shape: Shape, device_batch_size: int, world_size: int) -> float:
-    """Estimated peak memory of one rank while training: fp32 weights and gradients, sharded optimizer state
-    (8 bytes per embedding weight, 4 per matrix weight), activations and logits."""
+def memory_bytes(
+    shape: Shape,
+    device_batch_size: int,
+    world_size: int,
+    recompute: bool = False,
+    chunked_loss: bool = True,
+    value_bytes: int = 2,
+) -> float:
+    """Estimated peak memory of one rank while training: fp32 weights and gradients, optimizer state, activations and
+    logits.
+
+    Args:
+        recompute: each block keeps its input only, and computes the rest again in the backward pass.
+        chunked_loss: the loss holds at most LOGITS_AT_ONCE logits; False = all of them, as the public runs did.
+        value_bytes: of an activation: 2 in bf16, 4 in fp32.
+    """
     tokens = device_batch_size * shape.sequence_len
-    weights = 8 * shape.num_params
-    embeddings = shape.num_params - shape.num_matrix_params
-    state = (8 * embeddings + 4 * shape.num_matrix_params) / world_size
-    activations = ACTIVATION_BYTES * tokens * shape.n_layer * shape.n_embd
-    return weights + state + activations + LOGIT_BYTES * tokens * shape.vocab_size
+    weights = 8 * shape.num_params + optimizer_bytes(shape, world_size)
+    values = ACTIVATION_VALUES * shape.n_layer
+    if recompute:  # every block's input, and one block at a time in full
+        values = ACTIVATION_VALUES + shape.n_layer
+    activations = values * value_bytes * tokens * shape.n_embd
+    num_logits = tokens * shape.vocab_size
+    logits = LOGIT_BYTES * min(num_logits, LOGITS_AT_ONCE) if chunked_loss else WHOLE_LOGIT_BYTES * num_logits
+    return weights + activations + logits
+
+
+def optimizer_bytes(shape: Shape, world_size: int) -> float:
+    """State of one rank: 8 bytes per weight of AdamW's, 4 per matrix weight, shared out over the ranks."""
+    matrices = shape.num_matrix_params
+    return (8 * (shape.num_params - matrices) + 4 * matrices) / world_size
+
+
+def fitting_rows(
+    shape: Shape,
+    rows: int,
+    world_size: int,
+    available: float,
+    ways: Sequence[bool] = (False,),
+    value_bytes: int = 2,
+    pass_tokens: float = math.inf,
+) -> Iterator[tuple[int, bool]]:
+    """(rows a pass, whether blocks recompute): the divisors of `rows` that fit in `available` bytes, the best first.
+
+    Args:
+        ways: whether blocks recompute, in the order to try. Recomputing costs up to a third of the speed, so it
+            belongs last: it comes in when not one row fits without.
+        pass_tokens: more in a pass are of no use; one row always is.
+    """
+    for recompute in ways:
+        for n in divisors(rows):
+            if n > 1 and n * shape.sequence_len > pass_tokens:
+                continue
+            if memory_bytes(shape, n, world_size, recompute, value_bytes=value_bytes) <= available:
+                yield n, recompute
+
+
+def smaller(
+    shape: Shape, world_size: int, available: float, ways: Sequence[bool] = (False,), value_bytes: int = 2
+) -> str:
+    """Flags of the nearest model of which a row fits: with half the context, or a quarter ..., else fewer layers."""
+
+    def fits(candidate: Shape) -> bool:
+        return any(fitting_rows(candidate, 1, world_size, available, ways, value_bytes))
+
+    context = shape.sequence_len // 2
+    while context >= 128:
+        if fits(replace(shape, sequence_len=context)):
+            return f"--max_seq_len={context}"
+        context //= 2
+    width = shape.n_embd // shape.n_layer
+    for depth in range((shape.n_layer - 1) // 2 * 2, 0, -2):  # even ones divide into heads
+        if fits(replace(shape, n_layer=depth, n_embd=depth * width, n_head=1, n_kv_head=1)):
+            return f"--depth={depth}"
+    return "a machine with more memory"
+
+
+def divisors(n: int) -> list[int]:
+    """From n down to 1."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)}, reverse=True)
 
 
 def lr_multiplier(

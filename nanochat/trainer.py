@@ -19,7 +19,7 @@ from nanochat.config import InputError
 from nanochat.environment import print0
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import Runtime, all_reduce, peak_flops, synchronize
+from nanochat.runtime import Runtime, all_reduce, memory_advice, peak_flops, synchronize
 from nanochat.tracking import Tracker
 
 WARMUP_STEPS_UNTIMED = 10  # steps that compile and warm caches: not in the training time, as in the reference
@@ -202,8 +202,9 @@ class Trainer:
         lrm, momentum = self.schedule(state)
         self.optimizer.set_lr(lrm, momentum)
         self.model.train()
-        loss = accumulate(self.forward, batches, self.rt.world_size, self.rt.device)
-        grad_norm = self.optimizer.step(self.grad_clip)
+        with memory_advice(batches[0][0].size(0)):
+            loss = accumulate(self.forward, batches, self.rt.world_size, self.rt.device)
+            grad_norm = self.optimizer.step(self.grad_clip)
         self._prefetch()  # while the device works
         state.loss = loss.item()  # waits for the device
         if not math.isfinite(state.loss + grad_norm.item()):  # the weights are lost: nothing may be saved from here on

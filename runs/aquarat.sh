@@ -46,7 +46,7 @@ stage reset python -m nanochat.report reset
 stage dataset python -m nanochat.dataset -n 24 --dataset=fineweb-edu
 stage tok_train python -m scripts.tok_train --dataset=fineweb-edu
 stage tok_eval python -m scripts.tok_eval
-ranks base_train scripts.base_train --run="$WANDB_RUN" --dataset=fineweb-edu --depth=8 --num_iterations=200 $RESUME
+ranks base_train scripts.base_train --run="$WANDB_RUN" --dataset=fineweb-edu --depth=8 --num_iterations=200 --device_batch_size=32 $RESUME
 ranks base_loss scripts.base_loss --model_tag="$TAG"
 ranks base_eval scripts.base_eval --model_tag="$TAG"
 ranks mid_train scripts.mid_train --run="$WANDB_RUN" --model_tag="$TAG" --num_iterations=200 $RESUME

@@ -11,23 +11,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanochat import checkpoint, runtime, scaling
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.loader import PackingLoader
-from nanochat.data.sources import open_source
+from nanochat.data.sources import Source, open_source
 from nanochat.environment import print0
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.evals.bundle import open_bundle
 from nanochat.evals.core import evaluate_core
 from nanochat.evals.samples import sample_texts
+from nanochat.fit import find_rows, set_recompute
 from nanochat.gpt import ARCHS, GPTConfig
 from nanochat.optim import build_optimizer
-from nanochat.plan import plan_lines
+from nanochat.plan import h100s, plan_lines, this_cpu
 from nanochat.report import get_report
-from nanochat.tokenizer import get_tokenizer
+from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.tracking import DUMMY, Tracker
 from nanochat.trainer import LoopState, Trainer, muon_dtype, restore, resume_path
 
@@ -40,13 +41,21 @@ class BaseTrainConfig:
     max_seq_len: int = flag(2048, "context length in tokens")
     num_iterations: int | None = flag(None, "optimizer steps; -1 = from the flags below", off=-1)
     target_flops: float | None = flag(None, "train for this many FLOPs; -1 = off", off=-1.0)
-    target_param_data_ratio: float | None = flag(20, "train on this many tokens per parameter; -1 = off", off=-1)
-    device_batch_size: int = flag(32, "rows a forward pass and rank")
-    total_batch_size: int = flag(524288, "tokens per optimizer step over all ranks")
-    embedding_lr: float = flag(0.2, "AdamW learning rate of the token embedding, at width 768")
-    unembedding_lr: float = flag(0.004, "AdamW learning rate of the output head, at width 768")
-    weight_decay: float = flag(0.0, "of AdamW")
-    matrix_lr: float = flag(0.02, "Muon learning rate of the matrices")
+    target_param_data_ratio: float | None = flag(
+        None, "train on this many tokens per parameter (modern: of blocks and head); -1 = auto: plain 20", off=-1
+    )
+    device_batch_size: int | None = flag(None, "rows a forward pass and rank; -1 = auto: what fits", off=-1)
+    total_batch_size: int | None = flag(
+        None, "tokens per optimizer step over all ranks; -1 = auto: plain 524288, modern from the depth", off=-1
+    )
+    embedding_lr: float | None = flag(
+        None, "AdamW learning rate of the token embedding, at width 768; -1 = auto: plain 0.2", off=-1
+    )
+    unembedding_lr: float | None = flag(
+        None, "AdamW learning rate of the output head, at width 768; -1 = auto: plain 0.004", off=-1
+    )
+    weight_decay: float | None = flag(None, "of AdamW; -1 = auto: plain 0.0", off=-1)
+    matrix_lr: float | None = flag(None, "Muon learning rate of the matrices; -1 = auto: plain 0.02", off=-1)
     grad_clip: float | None = flag(1.0, "largest gradient norm; 0 = no clipping", off=0.0)
     eval_every: int | None = flag(250, "steps between validations; -1 = never", off=-1)
     eval_tokens: int = flag(20 * 524288, "tokens of a validation")
@@ -63,6 +72,7 @@ class BaseTrainConfig:
     head_dim: int = flag(scaling.HEAD_DIM, "size of an attention head", new=True)
     save_every: int | None = flag(None, "steps between checkpoints; -1 = only the last", off=-1, new=True)
     resume: str = flag("none", "go on from a checkpoint: none, auto or a step", new=True)
+    recompute: bool = flag(False, "compute activations again in the backward pass: less memory", new=True)
     compile: bool | None = flag(None, "torch.compile; default: on a GPU", off="None", new=True)
     seed: int = flag(42, "of the initial weights", new=True)
     bundle: str | None = flag(None, "CORE bundle: a folder or .zip", off="None", new=True)
@@ -74,13 +84,12 @@ class BaseTrainConfig:
             "depth",
             "max_seq_len",
             "device_batch_size",
-            "total_batch_size",
             "eval_tokens",
             "head_dim",
             "aspect_ratio",
         ):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name} {value} must be at least 1; try --{name}=1")
         if self.vocab_size is not None and not self.plan:
             raise InputError("--vocab_size goes with --plan only; the tokenizer decides it: scripts.tok_train")
         for name in ("eval_every", "core_metric_every", "sample_every", "save_every"):
@@ -92,11 +101,37 @@ class BaseTrainConfig:
         return self.model_tag or f"d{self.depth}"
 
 
+Decided = Any  # a BaseTrainConfig with nothing left open; its types say that None may be
+
+
 def shape_of(cfg: BaseTrainConfig, vocab_size: int) -> scaling.Shape:
-    return scaling.shape_from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, cfg.head_dim)
+    return scaling.shape_from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, cfg.head_dim, cfg.arch)
 
 
-def horizon(cfg: BaseTrainConfig, shape: scaling.Shape) -> int:
+def model_config(cfg: BaseTrainConfig, shape: scaling.Shape) -> GPTConfig:
+    return GPTConfig(
+        shape.sequence_len,
+        shape.vocab_size,
+        shape.n_layer,
+        shape.n_head,
+        shape.n_kv_head,
+        shape.n_embd,
+        cfg.arch,
+    )
+
+
+def decided(cfg: BaseTrainConfig, rt: runtime.Runtime) -> Decided:
+    """The config with nothing left open: batch, horizon and rates from the depth, rows from the memory."""
+    shape = shape_of(cfg, get_tokenizer().get_vocab_size())
+    whole: Decided = scaling.with_settings(cfg, shape, rt.world_size)
+    if cfg.device_batch_size is not None:
+        return whole
+    most = scaling.rows_per_rank(whole.total_batch_size, cfg.max_seq_len, rt.world_size)
+    rows, recompute = find_rows(model_config(cfg, shape), rt, most, cfg.recompute, cfg.compile)
+    return replace(whole, device_batch_size=rows, recompute=recompute)
+
+
+def horizon(cfg: Decided, shape: scaling.Shape) -> int:
     steps, rule = scaling.num_iterations(
         shape, cfg.total_batch_size, cfg.num_iterations, cfg.target_flops, cfg.target_param_data_ratio
     )
@@ -107,23 +142,37 @@ def horizon(cfg: BaseTrainConfig, shape: scaling.Shape) -> int:
     return steps
 
 
-def build(cfg: BaseTrainConfig, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
-    """The trainer, and the outcome lines that are known before training."""
+def check_text(cfg: Decided, source: Source, tokenizer: Tokenizer, world_size: int) -> None:
+    """
+    Raises:
+        InputError: the training text is shorter than one step, so that a step would see it more than once.
+    """
+    num_tokens = 0
+    for block in range(source.num_blocks("train")):
+        for ids in tokenizer.encode_to_arrays(source.read_block("train", block)):
+            num_tokens += len(ids) + 1  # and BOS
+        if num_tokens >= cfg.total_batch_size:
+            return
+    one_pass = cfg.device_batch_size * cfg.max_seq_len * world_size
+    fewer = num_tokens // one_pass * one_pass
+    way_out = f"--total_batch_size={fewer}" if fewer else "a smaller --max_seq_len or --device_batch_size, or add text"
+    raise InputError(
+        f"--dataset {cfg.dataset} has {num_tokens:,} tokens to train on, fewer than the {cfg.total_batch_size:,} of "
+        f"one step; try {way_out}"
+    )
+
+
+def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
+    """The trainer, and the outcome lines that are known before training. The config is `decided`."""
     tokenizer = get_tokenizer()
     shape = shape_of(cfg, tokenizer.get_vocab_size())
     steps = horizon(cfg, shape)
     accum = scaling.grad_accum_steps(cfg.total_batch_size, cfg.device_batch_size, cfg.max_seq_len, rt.world_size)
-    config = GPTConfig(
-        cfg.max_seq_len,
-        shape.vocab_size,
-        shape.n_layer,
-        shape.n_head,
-        shape.n_kv_head,
-        shape.n_embd,
-        cfg.arch,
-    )
+    config = model_config(cfg, shape)
     source = open_source(cfg.dataset)
+    check_text(cfg, source, tokenizer, rt.world_size)
     model = checkpoint.build_model(config, rt)
+    set_recompute(model, cfg.recompute)
     optimizer = build_optimizer(
         model,
         unembedding_lr=cfg.unembedding_lr,
@@ -195,7 +244,7 @@ def build(cfg: BaseTrainConfig, rt: runtime.Runtime) -> tuple[Trainer, dict[str,
     return trainer, facts
 
 
-def print_sizes(shape: scaling.Shape, facts: dict[str, Any], accum: int, cfg: BaseTrainConfig) -> None:
+def print_sizes(shape: scaling.Shape, facts: dict[str, Any], accum: int, cfg: Decided) -> None:
     per_rank = cfg.device_batch_size * cfg.max_seq_len
     print0(f"Vocab size: {shape.vocab_size:,}")
     print0(f"num_layers: {shape.n_layer}\nmodel_dim: {shape.n_embd}")
@@ -210,7 +259,7 @@ def print_sizes(shape: scaling.Shape, facts: dict[str, Any], accum: int, cfg: Ba
     print0(f"Total training FLOPs estimate: {total:e}")
 
 
-def hooks_of(cfg: BaseTrainConfig, trainer: Trainer, results: dict[str, Any]) -> list[Any]:
+def hooks_of(cfg: Decided, trainer: Trainer, results: dict[str, Any]) -> list[Any]:
     """Save, then validate, then estimate CORE, then sample; all but validation leave step 0 out."""
     rt, model, tokenizer = trainer.rt, trainer.model, get_tokenizer()
     source = open_source(cfg.dataset)
@@ -263,23 +312,30 @@ def hooks_of(cfg: BaseTrainConfig, trainer: Trainer, results: dict[str, Any]) ->
     ]
 
 
+def plan(cfg: BaseTrainConfig) -> None:
+    shape = shape_of(cfg, cfg.vocab_size or get_tokenizer().get_vocab_size())
+    rt = runtime.start("cpu")
+    cpu = this_cpu(runtime.peak_flops(rt), runtime.available_memory(rt), rt.dtype.itemsize)
+    whole: Decided = scaling.with_settings(cfg, shape, world_size=1)
+    steps, _ = scaling.num_iterations(
+        shape, whole.total_batch_size, cfg.num_iterations, cfg.target_flops, whole.target_param_data_ratio
+    )
+    print("\n".join(plan_lines(shape, steps, whole, (h100s(1), h100s(8), cpu))))
+
+
 def run(cfg: BaseTrainConfig) -> LoopState | None:
     if cfg.plan:
-        vocab_size = cfg.vocab_size or get_tokenizer().get_vocab_size()
-        shape = shape_of(cfg, vocab_size)
-        steps, _ = scaling.num_iterations(
-            shape, cfg.total_batch_size, cfg.num_iterations, cfg.target_flops, cfg.target_param_data_ratio
-        )
-        print("\n".join(plan_lines(shape, steps, cfg.total_batch_size, cfg.device_batch_size)))
+        plan(cfg)
         return None
     rt = runtime.start(cfg.device_type, cfg.seed)
-    trainer, facts = build(cfg, rt)
+    whole = decided(cfg, rt)
+    trainer, facts = build(whole, rt)
     results: dict[str, Any] = {}
-    state = trainer.run(hooks_of(cfg, trainer, results))
+    state = trainer.run(hooks_of(whole, trainer, results))
     flops = facts["Number of training tokens"] * trainer.flops_per_token
     peak = runtime.peak_memory_mib(rt.device)
     print0(f"Peak memory usage: {peak:.2f}MiB\nTotal training time: {state.train_seconds / 60:.2f}m")
-    old, new = report_config(cfg)
+    old, new = report_config(whole)
     for key in (*(k for k in facts if k in new), "plan", "vocab_size"):
         new.pop(key, None)
     outcome = {

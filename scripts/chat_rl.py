@@ -191,8 +191,9 @@ class RLTrainer:
         self.policy.model.train()
         lrm = 1 - state.step / self.num_iterations
         self.optimizer.set_lr(lrm, MUON_MOMENTUM)
-        state.loss = accumulate(self.policy.model, self.policy.batches(rollouts), rt.world_size, rt.device).item()
-        self.optimizer.step()
+        with runtime.memory_advice(cfg.device_batch_size):
+            state.loss = accumulate(self.policy.model, self.policy.batches(rollouts), rt.world_size, rt.device).item()
+            self.optimizer.step()
         state.train_seconds += time.perf_counter() - t0
         self._log(state, rollouts, lrm, time.perf_counter() - t0)
 

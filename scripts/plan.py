@@ -18,7 +18,7 @@ from typing import Any
 from nanochat import plan, runtime
 from nanochat.config import InputError, flag, parse_config, run_cli
 from nanochat.plan import Estimate, Estimator, Machine
-from nanochat.scaling import Shape, num_iterations, shape_from_depth
+from nanochat.scaling import Shape, num_iterations, rows_per_rank, shape_from_depth, with_settings
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,11 @@ def core_examples(recipe: Recipe, max_per_task: int | None) -> int:
 
 
 def base_train(c: Any, recipe: Recipe, model: Estimator) -> Estimate:
+    c = with_settings(c, recipe.shape, model.num_ranks)
+    most = rows_per_rank(c.total_batch_size, c.max_seq_len, model.num_ranks)
+    rows = c.device_batch_size or model.machine.rows(recipe.shape, most) or 1
     validations = times(recipe.steps, c.eval_every)
-    training = model.training(recipe.steps, c.total_batch_size, c.device_batch_size, validations, c.eval_tokens)
+    training = model.training(recipe.steps, c.total_batch_size, rows, validations, c.eval_tokens)
     examples = core_examples(recipe, c.core_metric_max_per_task) * times(recipe.steps, c.core_metric_every, False)
     return replace(training, seconds=training.seconds + model.core_seconds(examples))
 
@@ -156,7 +159,11 @@ def read_recipe(stages: Sequence[Stage]) -> Recipe:
         if module not in configs:
             raise InputError(f"no stage runs {module}, so the model's size is unknown; add that stage")
     base, tokenizer = configs["scripts.base_train"], configs["scripts.tok_train"]
-    shape = shape_from_depth(base.depth, tokenizer.vocab_size, base.max_seq_len, base.aspect_ratio, base.head_dim)
+    shape = shape_from_depth(
+        base.depth, tokenizer.vocab_size, base.max_seq_len, base.aspect_ratio, base.head_dim, base.arch
+    )
+    num_ranks = next(stage.num_ranks for stage in stages if stage.module == "scripts.base_train")
+    base = with_settings(base, shape, num_ranks)
     steps, _ = num_iterations(
         shape, base.total_batch_size, base.num_iterations, base.target_flops, base.target_param_data_ratio
     )
@@ -199,7 +206,8 @@ def run(cfg: PlanConfig, lines: Iterable[str] | None = None) -> None:
     if cfg.num_gpus:
         machine = plan.h100s(cfg.num_gpus)
     else:
-        machine = plan.this_cpu(runtime.peak_flops(runtime.start("cpu")))
+        rt = runtime.start("cpu")
+        machine = plan.this_cpu(runtime.peak_flops(rt), runtime.available_memory(rt), rt.dtype.itemsize)
     print("\n".join(table(stages, machine)))
     print(f"Estimates for {machine.name}; the rules and where they come from: nanochat/plan.py")
 

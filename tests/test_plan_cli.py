@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from nanochat import engine, plan, scaling
@@ -28,10 +30,19 @@ def test_a_models_plan_needs_no_tokenizer_and_names_its_parameters_and_flops(dep
     assert f"Estimated FLOPs per token: {flops}\n" in out
 
 
+@pytest.mark.parametrize("arch", ["plain", "modern"])
+def test_a_models_plan_names_one_and_eight_gpus_and_this_cpu(arch, capsys):
+    base_train.main(["--plan", f"--arch={arch}", "--depth=12", "--vocab_size=32768"])
+    *_, one, eight, cpu = capsys.readouterr().out.splitlines()
+    for line, machine in ((one, "1 x H100"), (eight, "8 x H100"), (cpu, "this CPU")):
+        assert re.match(rf"{machine}.*: [\d.]+ h, \$[\d.]+, [\d.]+ GiB (per GPU|in all) at \d+ rows", line)
+
+
 def test_training_time_is_flops_over_the_expected_rate():
     tokens = 11_219_763_200  # 3.917670e19 FLOPs at 8 x 989e12 x 0.45: the public runs took 172 to 194 minutes
-    assert plan.train_seconds(D20, tokens, 8) == pytest.approx(3.917670e19 / (8 * 989e12 * 0.45), rel=1e-6)
-    assert 172 < plan.train_seconds(D20, tokens, 8) / 60 < 194
+    seconds = plan.train_seconds(D20, tokens, plan.h100s(8))
+    assert seconds == pytest.approx(3.917670e19 / (8 * 989e12 * 0.45), rel=1e-6)
+    assert 172 < seconds / 60 < 194
 
 
 def test_twice_the_gpus_halve_the_time_of_long_training_and_not_its_cost():
@@ -58,6 +69,16 @@ def test_the_table_has_each_stage_with_its_command_and_the_sum():
     assert dollars[0] + dollars[1] == pytest.approx(dollars[2], abs=0.011)
     # 1 s for 36 million characters and 40 s to start, on a machine of $24 an hour
     assert dollars[0] == pytest.approx(24 * 41 / 3600, abs=0.006)
+
+
+def test_a_stage_of_modern_is_planned_with_the_batch_of_its_depth():
+    command = "base_train\ttorchrun --nproc_per_node=8 -m scripts.base_train -- --depth=24 --arch=modern"
+    recipe = cli.read_recipe([cli.parse_stage(line) for line in (TOKENIZER, command)])
+    found = scaling.settings(recipe.shape, 8)
+    assert recipe.shape.arch == "modern" and found.total_batch_size != 524_288
+    tokens = found.target_param_data_ratio * recipe.shape.num_scaling_params
+    assert recipe.steps == int(tokens / found.total_batch_size)
+    assert not any("too much" in line for line in table(TOKENIZER, command))
 
 
 def test_what_runs_in_the_background_is_listed_but_not_added_up():

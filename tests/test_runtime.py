@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -45,11 +46,42 @@ def test_an_unknown_dtype_is_refused_with_the_known_ones(monkeypatch):
         runtime.start("cpu")
 
 
-@pytest.mark.parametrize(("fast_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_cpu_computes_in_bf16_only_where_its_hardware_does(monkeypatch, fast_bf16, dtype):
+@pytest.mark.parametrize(
+    ("gain", "dtype"), [(2.2, torch.bfloat16), (1.5, torch.bfloat16), (1.49, torch.float32), (0.2, torch.float32)]
+)
+def test_a_cpu_computes_in_bf16_only_where_that_is_half_as_fast_again(monkeypatch, gain, dtype):
     monkeypatch.delenv("NANOCHAT_DTYPE")
-    monkeypatch.setattr(runtime, "_cpu_has_bf16", lambda: fast_bf16)
+    monkeypatch.setattr(runtime, "bf16_gain", lambda: gain)
     assert runtime.start("cpu").dtype == dtype
+
+
+def test_the_environments_dtype_needs_no_probe(monkeypatch):
+    monkeypatch.setattr(runtime, "bf16_gain", lambda: pytest.fail("probed"))
+    assert runtime.start("cpu").dtype == torch.float32
+
+
+def test_the_probe_compares_the_best_times_of_both_dtypes_and_leaves_the_threads_alone(monkeypatch):
+    threads, seen = torch.get_num_threads(), []
+
+    def seconds(n, dtypes, repeats):
+        seen.append((dtypes, torch.get_num_threads()))
+        return [0.003, 0.001]
+
+    monkeypatch.setattr(runtime, "matmul_seconds", seconds)
+    assert runtime.bf16_gain.__wrapped__() == pytest.approx(3.0)
+    assert seen == [((torch.float32, torch.bfloat16), 1)]
+    assert torch.get_num_threads() == threads
+
+
+def test_matmuls_are_timed_in_turns_and_the_best_time_counts(monkeypatch):
+    clock = iter([0, 1, 100, 103, 110, 117, 200, 205, 210, 212])  # two that warm up; then starts and ends
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(clock))
+    assert runtime.matmul_seconds(2, (torch.float32, torch.bfloat16), 2) == [3, 2]
+
+
+def test_a_larger_matrix_takes_longer():
+    (small,), (large,) = (runtime.matmul_seconds(n, (torch.float32,), 3) for n in (32, 512))
+    assert 0 < small < large
 
 
 def test_no_device_asked_for_means_the_best_there_is(monkeypatch):
@@ -99,6 +131,126 @@ def test_two_ranks_reduce_and_only_the_first_is_master(two_ranks, tmp_path):
     reduced = "[[3.0, 30.0], [2.0, 20.0], [1.5, 15.0]]"
     assert (tmp_path / "0").read_text() == f"{reduced} 2 True"
     assert (tmp_path / "1").read_text() == f"{reduced} 2 False"
+
+
+def dtype_of_master(rt: Runtime, folder: Path) -> None:
+    mine = torch.bfloat16 if rt.is_master else torch.float32
+    (folder / str(rt.rank)).write_text(str(runtime._agreed(mine, rt.device)))
+    memory = runtime.available_memory(rt)
+    (folder / f"memory{rt.rank}").write_text(f"{memory} {rt.local_world_size}")
+
+
+def test_the_masters_dtype_is_everyones_and_so_is_the_least_memory(two_ranks, tmp_path):
+    two_ranks(dtype_of_master, tmp_path)
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == "torch.bfloat16"
+    memory = (tmp_path / "memory0").read_text()
+    assert memory == (tmp_path / "memory1").read_text()
+    assert memory.endswith(" 2")
+    assert 0 < float(memory.split()[0]) < 0.6 * psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(None, 3600), ("90", 5400), ("0.5", 30)])
+def test_collectives_wait_an_hour_or_as_long_as_the_environment_says(monkeypatch, minutes, seconds):
+    if minutes is not None:
+        monkeypatch.setenv("NANOCHAT_TIMEOUT_MINUTES", minutes)
+    assert runtime.timeout().total_seconds() == seconds
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "soon", "nan", "inf"])
+def test_a_timeout_that_is_none_is_refused(monkeypatch, minutes):
+    monkeypatch.setenv("NANOCHAT_TIMEOUT_MINUTES", minutes)
+    with pytest.raises(InputError, match=f"NANOCHAT_TIMEOUT_MINUTES={minutes} is no number of minutes above 0; unset"):
+        runtime.timeout()
+
+
+def test_the_timeout_is_the_groups(monkeypatch):
+    joined = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("NANOCHAT_TIMEOUT_MINUTES", "7")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **kw: joined.update(kw))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    runtime.start("cpu")
+    assert joined["timeout"].total_seconds() == 420
+
+
+def test_more_ranks_than_gpus_on_a_node_are_refused_with_as_many(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"RANK": "6", "LOCAL_RANK": "2", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="4 ranks on this node, but it has 2 GPUs; use --nproc_per_node=2"):
+        runtime.start("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "refused"), [((9, 0), False), ((8, 9), False), ((8, 6), True), ((10, 0), False), ((7, 5), True)]
+)
+def test_fp8_needs_ada_or_hopper(monkeypatch, capability, refused):
+    gpu = Runtime(torch.device("cuda", 0), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+    if not refused:
+        return runtime.require_fp8(gpu)
+    with pytest.raises(InputError, match=r"--fp8 needs a GPU of compute capability 8\.9 or more, and Some Card has"):
+        runtime.require_fp8(gpu)
+
+
+def test_fp8_on_a_cpu_is_refused():
+    with pytest.raises(InputError, match=r"--fp8 needs a GPU .* this run is on cpu; leave it out"):
+        runtime.require_fp8(CPU)
+
+
+def write_group(folder: Path, limit: str, used: int, cached: int, names: tuple[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(limit)
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cached}\n")
+
+
+def test_the_tightest_of_the_control_groups_around_a_process_counts(tmp_path):
+    v2 = ("memory.max", "memory.current")
+    assert runtime._cgroup_free(tmp_path, "0::/job/step\n") == float("inf")  # no such folders
+    write_group(tmp_path / "job" / "step", "max\n", 10, 0, v2)
+    assert runtime._cgroup_free(tmp_path, "0::/job/step\n") == float("inf")
+    write_group(tmp_path / "job", "1000\n", 700, 100, v2)
+    assert runtime._cgroup_free(tmp_path, "0::/job/step\n") == 400  # files that are cached can be given up
+    write_group(tmp_path / "job" / "step", "250\n", 10, 0, v2)
+    assert runtime._cgroup_free(tmp_path, "0::/job/step\n") == 240
+    write_group(tmp_path / "memory" / "a", "90\n", 20, 0, ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    assert runtime._cgroup_free(tmp_path, "9:cpu:/a\n8:memory:/a\n") == 70
+    assert runtime._cgroup_free(tmp_path, "") == float("inf")
+
+
+def test_a_ranks_memory_is_its_share_of_the_nodes(monkeypatch):
+    monkeypatch.setattr(runtime, "_cgroup_free", lambda root, membership: 1000.0)
+    one, four = (Runtime(torch.device("cpu"), torch.float32, local_world_size=n) for n in (1, 4))
+    assert runtime.available_memory(one) == 1000
+    assert runtime.available_memory(four) == 250
+
+
+def allocate_too_much() -> None:
+    torch.empty(1 << 50)
+
+
+def torch_error() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("fail", [allocate_too_much, torch_error])
+@pytest.mark.parametrize(
+    ("rows", "way_out"),
+    [(32, "--device_batch_size=16"), (9, "--device_batch_size=3"), (1, "a smaller --max_seq_len or --depth")],
+)
+def test_out_of_memory_in_training_ends_with_the_flags_that_fit(fail, rows, way_out):
+    with pytest.raises(InputError, match=f"^out of memory with {rows} rows a pass; try {way_out}$"):
+        with runtime.memory_advice(rows):
+            fail()
+
+
+def test_other_errors_in_training_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        with runtime.memory_advice(1):
+            torch.ones(2, 3) @ torch.ones(2, 3)
 
 
 @pytest.mark.parametrize(("rank", "printed"), [(None, "hello\n"), ("0", "hello\n"), ("1", "")])

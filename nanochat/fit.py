@@ -1,0 +1,88 @@
+"""The device batch that fits: from the memory model of scaling.py, checked by a pass before training begins."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from nanochat import runtime, scaling
+from nanochat.checkpoint import build_model
+from nanochat.config import InputError
+from nanochat.environment import print0
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import Runtime
+from nanochat.trainer import compiled
+
+SURE_SHARE = 0.5  # an estimate below this part of a CPU's free memory is believed without a probe
+
+
+def set_recompute(model: GPT, recompute: bool) -> None:
+    """Have the blocks compute their activations again in the backward pass.
+
+    Raises:
+        InputError: this model cannot.
+    """
+    if hasattr(model, "recompute"):
+        model.recompute = recompute  # type: ignore[assignment]
+    elif recompute:
+        raise InputError(f"--recompute: a model of --arch={model.config.arch} cannot; try --device_batch_size=1")
+
+
+def find_rows(
+    config: GPTConfig, rt: Runtime, rows: int, recompute: bool = False, compile: bool | None = None
+) -> tuple[int, bool]:
+    """(rows a pass, whether blocks must recompute) for a rank that has `rows` rows a step. The same on all ranks.
+
+    The largest divisor of `rows` that the memory model says fits is tried in one forward and backward pass of random
+    tokens, with a block of the optimizer state's size held; the next smaller one if it runs out of memory.
+
+    Raises:
+        InputError: not one row fits; the message says which model does.
+    """
+    available = runtime.available_memory(rt)
+    is_gpu = rt.device.type == "cuda"
+    budget = available * (scaling.GPU_SHARE if is_gpu else scaling.CPU_SHARE)
+    pass_tokens = math.inf if is_gpu else scaling.CPU_PASS_TOKENS
+    ways = (True,) if recompute else (False, True) if hasattr(GPT, "recompute") else (False,)
+    shape, value_bytes = config.shape, rt.dtype.itemsize
+    for n, again in scaling.fitting_rows(shape, rows, rt.world_size, budget, ways, value_bytes, pass_tokens):
+        estimate = scaling.memory_bytes(shape, n, rt.world_size, again, value_bytes=value_bytes)
+        is_sure = not is_gpu and estimate < SURE_SHARE * available
+        if is_sure or probe(config, rt, n, again, compile):
+            how = f"{n} rows, recomputing activations" if again else f"{n} rows"
+            tried = "" if is_sure else ", tried"
+            gib = f"{estimate / 2**30:.1f} GiB expected of the {available / 2**30:.1f} that are free{tried}"
+            print0(f"Device batch: {how}: {gib}")
+            return n, again
+    way_out = scaling.smaller(shape, rt.world_size, budget, ways, value_bytes)
+    raise InputError(
+        f"not one row of {config.sequence_len} tokens of --depth {config.n_layer} fits the {available / 2**30:.1f} GiB "
+        f"that are free here; try {way_out}"
+    )
+
+
+def probe(config: GPTConfig, rt: Runtime, rows: int, recompute: bool, compile: bool | None = None) -> bool:
+    """Whether a pass of so many rows fits on every rank. The model is a throw-away; torch.compile keeps the graph."""
+    failed = torch.zeros((), device=rt.device)
+    try:
+        _pass(config, rt, rows, recompute, compile)
+    except (RuntimeError, MemoryError) as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        failed += 1
+    if rt.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return runtime.all_reduce(failed, "max").item() == 0
+
+
+def _pass(config: GPTConfig, rt: Runtime, rows: int, recompute: bool, compile: bool | None) -> None:
+    with torch.random.fork_rng(devices=[]):  # the run's own weights must not depend on whether there was a probe
+        model = build_model(config, rt)
+    set_recompute(model, recompute)
+    held = torch.empty(int(scaling.optimizer_bytes(config.shape, rt.world_size)), dtype=torch.uint8, device=rt.device)
+    generator = torch.Generator(rt.device).manual_seed(0)
+    idx = torch.randint(config.vocab_size, (rows, config.sequence_len), generator=generator, device=rt.device)
+    compiled(model, rt, compile)(idx, idx, reduction="sum").backward()
+    runtime.synchronize(rt.device)
+    del held

@@ -1,0 +1,124 @@
+"""The device batch that fits, by estimate and by trying."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanochat import fit, runtime, scaling
+from nanochat.config import InputError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import Runtime
+from tests.conftest import tiny_gpt
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+CONFIG = GPTConfig(sequence_len=64, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+
+
+def needs(rows: int, recompute: bool = False) -> float:
+    return scaling.memory_bytes(CONFIG.shape, rows, 1, recompute, value_bytes=4)
+
+
+def with_memory(monkeypatch: pytest.MonkeyPatch, num_bytes: float) -> None:
+    """So much for training, and a byte for rounding."""
+    monkeypatch.setattr(runtime, "available_memory", lambda rt: (num_bytes + 1) / scaling.CPU_SHARE)
+
+
+def no_probe(*args: object) -> bool:
+    pytest.fail("probed")
+
+
+def test_with_memory_to_spare_all_rows_go_in_one_pass_without_a_probe(monkeypatch):
+    with_memory(monkeypatch, 1e12)
+    monkeypatch.setattr(fit, "probe", no_probe)
+    assert fit.find_rows(CONFIG, CPU, 24) == (24, False)
+    assert fit.find_rows(CONFIG, CPU, 1024)[0] == scaling.CPU_PASS_TOKENS // 64
+
+
+def test_a_tight_fit_is_tried_and_halved_until_a_pass_goes_through(monkeypatch):
+    with_memory(monkeypatch, needs(24)
+    tried = []
+
+    def pass_of(config, rt, rows, recompute, compile):
+        tried.append(rows)
+        if rows > 6:
+            torch.empty(1 << 50)
+
+    monkeypatch.setattr(fit, "_pass", pass_of)
+    assert fit.find_rows(CONFIG, CPU, 48) == (6, False)
+    assert tried == [24, 16, 12, 8, 6]
+
+
+def test_a_real_pass_of_what_fits_goes_through_and_leaves_the_seed_alone(monkeypatch):
+    with_memory(monkeypatch, needs(8))
+    passes = []
+    real = fit._pass
+    monkeypatch.setattr(fit, "_pass", lambda *args: passes.append(args[2]) or real(*args))
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    assert fit.find_rows(CONFIG, CPU, 16) == (8, False)
+    assert passes == [8]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_mistake_in_the_pass_is_not_taken_for_a_lack_of_memory(monkeypatch):
+    def wrong(*args: object) -> None:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+    monkeypatch.setattr(fit, "_pass", wrong)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        fit.probe(CONFIG, CPU, 1, False)
+
+
+def test_activations_are_recomputed_before_a_model_is_refused(monkeypatch):
+    config = GPTConfig(sequence_len=64, vocab_size=50, n_layer=8, n_head=2, n_kv_head=2, n_embd=32)
+    less = scaling.memory_bytes(config.shape, 1, 1, True, value_bytes=4)
+    assert less < scaling.memory_bytes(config.shape, 1, 1, value_bytes=4)
+    with_memory(monkeypatch, less)
+    monkeypatch.setattr(GPT, "recompute", False, raising=False)
+    monkeypatch.setattr(fit, "probe", lambda *args: True)
+    assert fit.find_rows(config, CPU, 4) == (1, True)
+
+
+def test_recomputing_that_is_asked_for_is_counted_on(monkeypatch):
+    with_memory(monkeypatch, needs(4, recompute=True))
+    monkeypatch.setattr(GPT, "recompute", False, raising=False)
+    monkeypatch.setattr(fit, "probe", lambda *args: True)
+    assert fit.find_rows(CONFIG, CPU, 8, recompute=True) == (4, True)
+
+
+def test_a_model_of_which_not_one_row_fits_is_refused_with_one_that_does(monkeypatch):
+    config = GPTConfig(sequence_len=1024, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    half = GPTConfig(sequence_len=256, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32).shape
+    with_memory(monkeypatch, scaling.memory_bytes(half, 1, 1, True, value_bytes=4))
+    monkeypatch.setattr(GPT, "recompute", False, raising=False)
+    with pytest.raises(
+        InputError, match=r"^not one row of 1024 tokens of --depth 2 fits the 0.0 GiB .*=\d+$"
+    ) as refused:
+        fit.find_rows(config, CPU, 4)
+    assert str(refused.value).endswith("try --max_seq_len=256")
+
+
+def test_recompute_is_set_where_the_model_knows_it_and_refused_where_not(monkeypatch):
+    model = tiny_gpt()
+    monkeypatch.setattr(GPT, "recompute", False, raising=False)
+    fit.set_recompute(model, True)
+    assert model.recompute is True
+    plain = torch.nn.Module()
+    plain.config = CONFIG
+    fit.set_recompute(plain, False)
+    with pytest.raises(InputError, match="--recompute: a model of --arch=plain cannot"):
+        fit.set_recompute(plain, True)
+
+
+def fails_on_the_second(rt: Runtime, folder: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "_pass", lambda *args: torch.empty(1 << 50) if rt.rank and args[2] > 4 else None)
+        patch.setattr(runtime, "available_memory", lambda rt: (needs(16) + 1) / scaling.CPU_SHARE)
+        rows, _ = fit.find_rows(CONFIG, rt, 16)
+    assert rows == 4
+
+
+def test_ranks_agree_on_the_rows_that_fit_everywhere(two_ranks, tmp_path):
+    two_ranks(fails_on_the_second, str(tmp_path))
