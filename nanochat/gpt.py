@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.attention import cached_attention, causal_attention
 from nanochat.config import InputError
 from nanochat.loss import SoftCap, capped, linear_cross_entropy
-from nanochat.scaling import Shape
+from nanochat.scaling import ARCHS, BIGRAM_ROWS, EXTRAS, GATE_CHANNELS, Shape
 
-ARCHS = ("plain", "modern")
-# What `modern` adds to `plain`; each can be left out by itself (bench/ablate.py).
-EXTRAS = ("lambdas", "value_embeds", "bigram", "offset_keys", "small_qk")
 LOGIT_CAP = SoftCap(cap=15.0, scale=15.0)
 ROPE_BASE = 10_000.0
 ROPE_SPAN = 10  # rotary tables reach this many times sequence_len
 # Scale of the initial c_q and c_k with "small_qk". QK norm takes the scale of queries and keys away, so a smaller start
 # only means that the same steps turn them further: a copying task takes 100 steps, not 150 (docs/EXPERIMENTS.md).
 QK_INIT = 0.1
-GATE_CHANNELS = 12  # of the normalised residual stream, that the gate of the value embeddings reads
-BIGRAM_ROWS = 5  # rows of the bigram table per token of the vocabulary
 BIGRAM_SIGNS = 1024
 
 
@@ -60,13 +56,7 @@ class GPTConfig:
             raise InputError(f"extras {sorted(unknown)} are not known; use some of {', '.join(EXTRAS)}")
 
     def has(self, extra: str) -> bool:
-        assert extra in EXTRAS and self.extras is not None
-        return extra in self.extras
-
-    @property
-    def value_layers(self) -> list[int]:
-        """Layers with value embeddings: every second one, the last included (spec of the reference's later model)."""
-        return [i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2] if self.has("value_embeds") else []
+        return self.shape.has(extra)
 
     @property
     def head_dim(self) -> int:
@@ -80,10 +70,11 @@ class GPTConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         """The sizes as scaling.py counts them."""
-        return Shape(self.n_layer, self.n_embd, self.n_head, self.n_kv_head, self.vocab_size, self.sequence_len)
+        sizes = (self.n_layer, self.n_embd, self.n_head, self.n_kv_head, self.vocab_size, self.sequence_len)
+        return Shape(*sizes, arch=self.arch, extras=self.extras)
 
 
 class KVCache:
@@ -191,7 +182,8 @@ class Attention(nn.Module):
         self.c_k = Linear(C, config.n_kv_head * D)
         self.c_v = Linear(C, config.n_kv_head * D)
         self.c_proj = Linear(C, C)
-        if layer in config.value_layers:
+        self.offsets_keys = config.has("offset_keys")
+        if layer in config.shape.value_layers:
             self.value_gate = Linear(min(GATE_CHANNELS, C), config.n_kv_head)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], slots: Slots | None, values: Tensor | None) -> Tensor:
@@ -202,13 +194,11 @@ class Attention(nn.Module):
         k = self.c_k(x).view(B, T, -1, D)
         v = self.c_v(x).view(B, T, -1, D)
         if values is not None:
-            gate = 3 * torch.sigmoid(
-                self.value_gate(x[..., : self.value_gate.in_features])
-            )  # (B, T, H_kv)
+            gate = 3 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, H_kv)
             v = v + gate[..., None] * values.view(v.shape)
         q, k = norm(rotate(q, *rope)), norm(rotate(k, *rope))
         if slots is None:
-            y = causal_attention(q, offset_keys(k) if self.config.has("offset_keys") else k, v)
+            y = causal_attention(q, offset_keys(k) if self.offsets_keys else k, v)
         else:
             k, v = slots.cache.insert(self.layer, k, v, slots.positions, slots.end)
             y = cached_attention(q, k, v, slots.positions)
@@ -236,7 +226,7 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-class Bigrams(nn.Embedding):
+class Bigrams(nn.Module):
     """A vector for each pair of a token and the one before it: rows of a table by a hash, times random signs that
     another hash picks, so that pairs which share a row disturb each other like noise, not like a bias.
 
@@ -247,18 +237,20 @@ class Bigrams(nn.Embedding):
     signs: Tensor  # (BIGRAM_SIGNS, C), not stored: the same in every model of a width
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__(BIGRAM_ROWS * config.vocab_size, config.n_embd)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(BIGRAM_ROWS * config.vocab_size, config.n_embd))
         self.fill_buffers()
 
     def fill_buffers(self) -> None:
-        draws = np.random.default_rng(0).integers(0, 2, (BIGRAM_SIGNS, self.embedding_dim))
+        draws = np.random.default_rng(0).integers(0, 2, (BIGRAM_SIGNS, self.weight.size(1)))
         self.register_buffer("signs", torch.from_numpy(2.0 * draws - 1.0).float(), persistent=False)
 
     def forward(self, idx: Tensor, previous: Tensor) -> Tensor:
         """(B, T) ids and the ids before them, -1 = none -> (B, T, C) fp32. The last row is for the latter."""
         mixed = (36_313 * idx) ^ (27_191 * previous)
-        row = torch.where(previous < 0, self.num_embeddings - 1, mixed % (self.num_embeddings - 1))
-        return super().forward(row) * self.signs[(idx ^ previous) % BIGRAM_SIGNS]
+        last = self.weight.size(0) - 1
+        row = torch.where(previous < 0, last, mixed % last)
+        return F.embedding(row, self.weight) * self.signs[(idx ^ previous) % BIGRAM_SIGNS]
 
 
 @dataclass(frozen=True)
@@ -283,15 +275,15 @@ class GPT(nn.Module):
                 "h": nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
             }
         )
-        L = config.n_layer
+        L, values = config.n_layer, config.n_kv_head * config.head_dim
         if config.has("value_embeds"):
-            width = config.n_kv_head * config.head_dim
-            tables = {str(i): nn.Embedding(config.vocab_size, width) for i in config.value_layers}
+            tables = {str(i): nn.Embedding(config.vocab_size, values) for i in config.shape.value_layers}
             self.transformer["value_embeds"] = nn.ModuleDict(tables)
         if config.has("bigram"):
             self.transformer["bigram"] = Bigrams(config)
             self.bigram_lambdas = nn.Parameter(torch.empty(L))
-        if config.has("lambdas"):
+        self.has_lambdas = config.has("lambdas")
+        if self.has_lambdas:
             self.resid_lambdas = nn.Parameter(torch.empty(L))
             self.x0_lambdas = nn.Parameter(torch.empty(L))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
@@ -301,8 +293,8 @@ class GPT(nn.Module):
 
     def fill_buffers(self) -> None:
         """The rotary tables and signs; again after the model was built without storage."""
-        if self.config.has("bigram"):
-            self.transformer["bigram"].fill_buffers()
+        if self.bigrams is not None:
+            self.bigrams.fill_buffers()
         cos, sin = rope_tables(self.config.max_positions, self.config.head_dim)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -338,24 +330,33 @@ class GPT(nn.Module):
             if self.config.has("small_qk"):
                 block.attn.c_q.weight.mul_(QK_INIT)
                 block.attn.c_k.weight.mul_(QK_INIT)
-            if block.attn.layer in self.config.value_layers:
+            if block.attn.layer in self.value_embeds:
                 block.attn.value_gate.weight.zero_()
-        if self.config.has("value_embeds"):
-            for table in self.transformer["value_embeds"].values():
-                table.weight.normal_(0.0, self.config.n_embd**-0.5)
+        for table in self.value_embeds.values():
+            table.weight.normal_(0.0, self.config.n_embd**-0.5)
         # the ramps of the reference's later model: early layers count more, the embedding itself less and less
         ramp = torch.linspace(0, 1, self.config.n_layer)
-        if self.config.has("lambdas"):
+        if self.has_lambdas:
             self.resid_lambdas.copy_(1.15 - 0.10 * ramp)
             self.x0_lambdas.copy_(0.20 - 0.15 * ramp)
-        if self.config.has("bigram"):
-            self.transformer["bigram"].weight.zero_()
+        if self.bigrams is not None:
+            self.bigrams.weight.zero_()
             self.bigram_lambdas.fill_(0.05)
             self.bigram_lambdas[0] = 0.1
 
     @property
     def wte(self) -> nn.Embedding:
         return self.transformer["wte"]  # type: ignore[return-value]
+
+    @property
+    def bigrams(self) -> Bigrams | None:
+        return self.transformer["bigram"] if "bigram" in self.transformer else None  # type: ignore[return-value]
+
+    @property
+    def value_embeds(self) -> dict[int, nn.Embedding]:
+        """By layer."""
+        tables = self.transformer["value_embeds"].items() if "value_embeds" in self.transformer else ()  # type: ignore[operator]
+        return {int(layer): table for layer, table in tables}
 
     @property
     def blocks(self) -> list[Block]:
@@ -408,15 +409,14 @@ class GPT(nn.Module):
             previous = cache.previous(idx, positions)
         dtype = self.compute_dtype
         x = x0 = norm(self.wte(idx).to(dtype))
-        bigrams = self.transformer["bigram"](idx, previous).to(dtype) if self.config.has("bigram") else None
+        bigrams = self.bigrams(idx, previous).to(dtype) if self.bigrams is not None else None
+        value_embeds = self.value_embeds
         for i, block in enumerate(self.blocks):
-            if self.config.has("lambdas"):
+            if self.has_lambdas:
                 x = self.resid_lambdas[i].to(dtype) * x + self.x0_lambdas[i].to(dtype) * x0
             if bigrams is not None:
                 x = x + self.bigram_lambdas[i].to(dtype) * bigrams
-            values = None
-            if i in self.config.value_layers:
-                values = self.transformer["value_embeds"][str(i)](idx).to(dtype)
+            values = value_embeds[i](idx).to(dtype) if i in value_embeds else None
             if self.recompute and self.training:
                 x = checkpoint(block, x, rope, slots, values, use_reentrant=False)
             else:

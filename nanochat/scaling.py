@@ -14,6 +14,11 @@ from nanochat.config import InputError
 
 ASPECT_RATIO = 64  # n_embd per layer (the reference's choice)
 HEAD_DIM = 128  # target head size (the reference's choice)
+ARCHS = ("plain", "modern")
+# What `modern` adds to `plain` (gpt.py); each can be left out by itself (bench/ablate.py).
+EXTRAS = ("lambdas", "value_embeds", "bigram", "offset_keys", "small_qk")
+GATE_CHANNELS = 12  # of the normalised residual stream, that the gate of the value embeddings reads
+BIGRAM_ROWS = 5  # rows of the bigram table per token of the vocabulary
 
 
 @dataclass(frozen=True)
@@ -78,18 +83,38 @@ class Shape:
     sequence_len: int
     arch: str = "plain"
     window_pattern: str = "L"  # see windows()
+    extras: tuple[str, ...] | None = None  # None = all of the arch's
+
+    def has(self, extra: str) -> bool:
+        """Whether the model has one of EXTRAS."""
+        assert extra in EXTRAS
+        return extra in (EXTRAS if self.arch == "modern" else ()) if self.extras is None else extra in self.extras
+
+    @property
+    def value_layers(self) -> list[int]:
+        """Layers with value embeddings: every second one, the last included (as in the reference's later model)."""
+        return [i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2] if self.has("value_embeds") else []
 
     @property
     def parts(self) -> dict[str, Part]:
         """All weights by name: the one place that says what a model consists of."""
         head_dim = self.n_embd // self.n_head
         attention = 2 * self.n_embd**2 + 2 * self.n_embd * self.n_kv_head * head_dim
-        return {
+        parts = {
             "wte": Part("table", self.vocab_size * self.n_embd),
             "attention": Part("matrix", self.n_layer * attention),
             "mlp": Part("matrix", self.n_layer * 8 * self.n_embd**2),
             "lm_head": Part("head", self.vocab_size * self.n_embd),
         }
+        if layers := len(self.value_layers):
+            parts["value_embeds"] = Part("table", layers * self.vocab_size * self.n_kv_head * head_dim)
+            parts["value_gates"] = Part("scalar", layers * min(GATE_CHANNELS, self.n_embd) * self.n_kv_head)
+        if self.has("bigram"):
+            parts["bigram"] = Part("table", BIGRAM_ROWS * self.vocab_size * self.n_embd)
+            parts["bigram_lambdas"] = Part("scalar", self.n_layer)
+        if self.has("lambdas"):
+            parts["lambdas"] = Part("scalar", 2 * self.n_layer)
+        return parts
 
     def count(self, *kinds: str) -> int:
         return sum(part.num_params for part in self.parts.values() if part.kind in kinds)

@@ -24,7 +24,7 @@ from nanochat.evals.bundle import open_bundle
 from nanochat.evals.core import evaluate_core
 from nanochat.evals.samples import sample_texts
 from nanochat.fit import find_rows, set_recompute
-from nanochat.gpt import ARCHS, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.optim import build_optimizer
 from nanochat.plan import h100s, plan_lines, this_cpu
 from nanochat.report import get_report
@@ -67,7 +67,7 @@ class BaseTrainConfig:
     warmdown_ratio: float = flag(0.2, "part of the steps that it falls over", new=True)
     final_lr_frac: float = flag(0.0, "where it ends", new=True)
     dataset: str = flag("climbmix", "climbmix, fineweb-edu, tinyworld, or a folder of text", new=True)
-    arch: str = flag("plain", "the model's architecture", choices=ARCHS, new=True)
+    arch: str = flag("plain", "the model's architecture", choices=scaling.ARCHS, new=True)
     aspect_ratio: int = flag(scaling.ASPECT_RATIO, "width per layer", new=True)
     head_dim: int = flag(scaling.HEAD_DIM, "size of an attention head", new=True)
     save_every: int | None = flag(None, "steps between checkpoints; -1 = only the last", off=-1, new=True)

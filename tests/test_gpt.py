@@ -116,8 +116,8 @@ def test_a_pair_of_tokens_has_its_row_and_its_signs():
 
 
 def test_value_embeddings_are_on_every_second_layer_up_to_the_last():
-    assert tiny_gpt(arch="modern", n_layer=4).config.value_layers == [1, 3]
-    assert tiny_gpt(arch="modern", n_layer=3).config.value_layers == [0, 2]
+    assert tiny_gpt(arch="modern", n_layer=4).config.shape.value_layers == [1, 3]
+    assert tiny_gpt(arch="modern", n_layer=3).config.shape.value_layers == [0, 2]
 
 
 @pytest.mark.parametrize("arch", gpt.ARCHS)
