@@ -1,5 +1,9 @@
 """The fused head and loss against the plain one, which holds all logits at once."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -86,3 +90,39 @@ def test_the_sum_of_chunks_in_bf16_does_not_stop_growing():
     x, weight = torch.ones(N, 1, dtype=torch.bfloat16), torch.zeros(2, 1, requires_grad=True)
     linear_cross_entropy(x, weight, torch.zeros(N, dtype=torch.int64), SYMMETRIC, "sum").backward()
     torch.testing.assert_close(weight.grad, torch.tensor([[-0.5 * N], [0.5 * N]]))
+
+
+def test_a_compiled_caller_gets_the_same():
+    """It breaks the caller's graph, so this is about gradients that cross the break."""
+
+    def head(x, weight, targets, cap, reduction):
+        return linear_cross_entropy(x * 2, weight, targets, cap, reduction) * 2
+
+    compiled = torch.compile(head, backend="aot_eager")
+    for reduction in ("sum", "none"):
+        got, wanted = (loss_and_grads(f, *case(), SYMMETRIC, reduction) for f in (compiled, head))
+        torch.testing.assert_close(got, wanted)
+
+
+KERNEL_CHECK = """
+import torch
+from nanochat.kernels import capped_cross_entropy_
+from nanochat.loss import SoftCap, _chunk
+
+for dtype, V, cap in ((torch.float32, 5000, SoftCap()), (torch.bfloat16, 37, SoftCap(11.5, 15.0, 5.0))):
+    u = (20 * torch.randn(5, V)).to(dtype)
+    targets, weights = torch.tensor([0, V - 1, -1, 4, 4]), torch.tensor([1.0, -2.0, 0.0, 0.5, 1.0])
+    wanted = _chunk(u.double(), targets, weights.double(), cap, True)
+    for with_gradient in (False, True):
+        losses, g = capped_cross_entropy_(u, targets, weights, cap, with_gradient)
+        torch.testing.assert_close(losses.double(), wanted[0], rtol=1e-5, atol=1e-5)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(g.double(), wanted[1], rtol=tolerance, atol=1e-7)
+"""
+
+
+def test_the_triton_kernel_in_its_interpreter_gives_losses_and_gradient_of_the_plain_chunk():
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when triton is imported: a process of its own
+    done = subprocess.run([sys.executable, "-c", KERNEL_CHECK], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
