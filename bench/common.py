@@ -102,16 +102,19 @@ def flops_per_token(config: GPTConfig) -> float:
     return config.shape.flops_per_token
 
 
+def has_fp8() -> bool:
+    return hasattr(gpt, "use_fp8")
+
+
 def use_fp8(model: GPT) -> None:
     """Turn the matrix products of a model to fp8.
 
     Raises:
         InputError: the model or the machine cannot.
     """
-    convert = getattr(gpt, "use_fp8", None)
-    if convert is None:
+    if not has_fp8():
         raise InputError("dtype fp8: this model has no fp8 matrix products; use bfloat16")
-    convert(model)
+    gpt.use_fp8(model)  # type: ignore[attr-defined]
 
 
 def resolve(setting: Setting, vocab_size: int, sequence_len: int) -> tuple[GPTConfig, Any]:
@@ -448,12 +451,12 @@ def train_run(
     Returns:
         bpb at the end (None where the loss was no number, and the run ended there); seconds of training alone;
         median and slowest step; warmup_seconds (compiling, not in seconds); curve: [[step, seconds, bpb], ...] of
-        the validations; the matmul rate before and after, FLOP/s, by which a loaded machine shows.
+        the validations; the rate of a 1024^3 product before and after, FLOP/s, by which a loaded machine shows.
     """
     built = Built(setting, plan, text.vocab_size)
     steps = list(text.batches(plan, setting.seed, torch.device("cpu")))
     device = built.rt.device
-    before = matmul_rate(built.rt)
+    before = matmul_rate(built.rt, 1024)
     warmup_seconds = built.warm_up([(x.to(device), y.to(device)) for x, y in steps[0]])
     times: list[float] = []
     curve: list[tuple[int, float, float]] = []
@@ -480,7 +483,7 @@ def train_run(
         "warmup_seconds": warmup_seconds,
         "tokens": len(times) * plan.tokens_per_step,
         "curve": curve,
-        "matmul": [before, matmul_rate(built.rt)],
+        "matmul": [before, matmul_rate(built.rt, 1024)],
         "memory_mib": runtime.peak_memory_mib(device),
         "params": sum(p.numel() for p in built.model.parameters()),
     }
