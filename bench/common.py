@@ -1,0 +1,511 @@
+"""What the training benchmarks share: the way to the library, packed text, one timed run, results that last.
+
+Everything of `nanochat` that a benchmark builds comes through the first part, "The library", so that a change of the
+library's interface is a change there. A run is decided by a `Setting` (the model and its recipe), a `Plan` (sizes and
+machine) and a `Text`; their resolved values are the key under which its result is kept.
+
+# B rows, T positions, N rows of text, V vocab_size
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.results import Task, words
+from nanochat import checkpoint, gpt, runtime, scaling
+from nanochat.config import InputError
+from nanochat.data.loader import PackingLoader
+from nanochat.data.sources import Source, open_source
+from nanochat.environment import base_dir
+from nanochat.evals.bpb import evaluate_bpb
+from nanochat.gpt import ARCHS, GPT, GPTConfig
+from nanochat.optim import MuonAdamW, build_optimizer
+from nanochat.tokenizer import FILE_NAME, Tokenizer
+from nanochat.trainer import accumulate, compiled, muon_dtype
+
+Override = float | str | tuple[Any, ...]
+Batch = tuple[Tensor, Tensor]
+LINE_SECONDS = 30.0  # between two lines of progress inside a run
+MATMUL = 2048  # side of the square product that speeds are measured against
+WARMUP_STEPS = 2  # the second one meets the optimizer's state in place
+
+
+# ---- The library: all that touches model, optimizer and schedule ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and how it is trained. `overrides`: fields of the recipe, of GPTConfig, or aspect_ratio, head_dim."""
+
+    depth: int
+    arch: str = "plain"
+    seed: int = 0
+    overrides: dict[str, Override] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of the runs: those of base_train's flags. grad_clip 0 = none."""
+
+    embedding_lr: float = 0.2
+    unembedding_lr: float = 0.004
+    matrix_lr: float = 0.02
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    warmup_ratio: float = 0.0
+    warmdown_ratio: float = 0.2
+    final_lr_frac: float = 0.0
+
+
+def base_recipe(arch: str) -> Any:
+    return Recipe()
+
+
+def parts_of(arch: str) -> tuple[str, ...]:
+    """The named parts that an architecture has by default; none where the model cannot leave any out."""
+    has_parts = any(f.name == "parts" for f in dataclasses.fields(GPTConfig))
+    return tuple(getattr(gpt, "MODERN_PARTS", ())) if has_parts and arch == "modern" else ()
+
+
+def schedule(recipe: Any, step: int, steps: int) -> tuple[float, float]:
+    """(learning rate multiplier, Muon momentum) of a step, counted from 0."""
+    lrm = scaling.lr_multiplier(
+        step / steps, recipe.warmup_ratio, recipe.warmdown_ratio, recipe.final_lr_frac, 1 / steps
+    )
+    return lrm, scaling.muon_momentum(step)
+
+
+def make_optimizer(model: GPT, recipe: Any, rt: runtime.Runtime) -> MuonAdamW:
+    names = ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay")
+    return build_optimizer(model, **{name: getattr(recipe, name) for name in names}, muon_dtype=muon_dtype(rt))
+
+
+def flops_per_token(config: GPTConfig) -> float:
+    """Training FLOPs of one token, forward and backward."""
+    return config.shape.flops_per_token
+
+
+def has_fp8() -> bool:
+    return hasattr(gpt, "use_fp8")
+
+
+def use_fp8(model: GPT) -> None:
+    """Turn the matrix products of a model to fp8.
+
+    Raises:
+        InputError: the model or the machine cannot.
+    """
+    if not has_fp8():
+        raise InputError("dtype fp8: this model has no fp8 matrix products; use bfloat16")
+    gpt.use_fp8(model)  # type: ignore[attr-defined]
+
+
+def resolve(setting: Setting, vocab_size: int, sequence_len: int) -> tuple[GPTConfig, Any]:
+    """The model's and the recipe's every value.
+
+    Raises:
+        InputError: an unknown arch or override, or a width that does not divide into heads.
+    """
+    if setting.arch not in ARCHS:
+        raise InputError(f"arch {setting.arch!r} is not known; use one of {', '.join(ARCHS)}")
+    recipe = base_recipe(setting.arch)
+    places: dict[str, dict[str, Any]] = {"shape": {}, "config": {}, "recipe": {}}
+    known = {"aspect_ratio": "shape", "head_dim": "shape"}
+    known |= {f.name: "config" for f in dataclasses.fields(GPTConfig) if f.name not in ("arch", "vocab_size")}
+    known |= {f.name: "recipe" for f in dataclasses.fields(recipe)}
+    for name, value in setting.overrides.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0) or [""]
+            raise InputError(f"override {name!r} names no hyper-parameter; the nearest is {near[0]!r}")
+        places[known[name]][name] = value
+    shape = scaling.shape_from_depth(setting.depth, vocab_size, sequence_len, **places["shape"])
+    sizes = {f.name: getattr(shape, f.name) for f in dataclasses.fields(shape)}
+    config = GPTConfig(**{**sizes, "arch": setting.arch, **places["config"]})
+    if getattr(config, "parts", ()) is None:  # the default set is spelled out: a result's key must tell two apart
+        config = dataclasses.replace(config, parts=parts_of(setting.arch))  # type: ignore[call-arg]
+    return config, dataclasses.replace(recipe, **places["recipe"])
+
+
+def parse_overrides(text: str) -> dict[str, Override]:
+    """ "matrix_lr=0.03, parts=(smear, bigram)" as Python values; a word that is none is a string."""
+    found: dict[str, Override] = {}
+    depth, parts = 0, [""]
+    for char in text:
+        depth += {"(": 1, ")": -1}.get(char, 0)
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    for part in filter(str.strip, parts):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"override {part.strip()!r} is not of the form name=value, e.g. matrix_lr=0.03")
+        found[name.strip()] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Override:
+    if text.startswith("(") and text.endswith(")"):
+        return tuple(_value(part) for part in words(text[1:-1]))
+    try:
+        return ast.literal_eval(text)  # type: ignore[no-any-return]
+    except (ValueError, SyntaxError):
+        return text
+
+
+# ---- The machine ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run and what it runs on."""
+
+    steps: int
+    tokens_per_step: int = 16_384
+    sequence_len: int = 512
+    device_batch_size: int = 32  # rows of a forward pass
+    dtype: str = "float32"  # of runtime.DTYPES, or fp8
+    compile: bool = True
+    device: str = "cpu"
+    threads: int = 1  # of a CPU
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.tokens_per_step // self.sequence_len
+
+    def check(self) -> None:
+        """Refuse before anything slow runs."""
+        if self.steps < 1:
+            raise InputError(f"steps {self.steps} must be at least 1")
+        if self.dtype not in (*runtime.DTYPES, "fp8"):
+            raise InputError(f"dtype {self.dtype!r} is not known; use one of {', '.join(runtime.DTYPES)}, fp8")
+        if self.device_batch_size < 1 or self.sequence_len < 1:
+            raise InputError(f"{self.device_batch_size} rows of {self.sequence_len} tokens; both must be at least 1")
+        scaling.grad_accum_steps(self.tokens_per_step, self.device_batch_size, self.sequence_len, 1)
+
+
+def start(plan: Plan, seed: int = 0) -> runtime.Runtime:
+    if plan.device == "cpu":
+        torch.set_num_threads(plan.threads)
+    rt = runtime.start(plan.device, seed)
+    return dataclasses.replace(rt, dtype=torch.bfloat16 if plan.dtype == "fp8" else runtime.DTYPES[plan.dtype])
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> str:
+    return str(runtime.start(device).dtype).removeprefix("torch.")
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine(plan: Plan) -> str:
+    """What times depend on, in words: a result of another machine is another result."""
+    if plan.device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{plan.threads} of {cores()} cores of {names[0] if names else 'a CPU'}, torch {torch.__version__}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def matmul_rate(rt: runtime.Runtime, n: int = MATMUL, tries: int = 5) -> float:
+    """FLOP/s of the best of some (n, n) products in the compute dtype."""
+    a = torch.randn(n, n, device=rt.device, dtype=rt.dtype)
+    many = 20 if rt.device.type == "cuda" else 1  # one product is too short to time on a GPU
+    best = math.inf
+    for _ in range(tries + 1):  # the first only warms up, and is never the best
+        runtime.synchronize(rt.device)
+        t0 = time.perf_counter()
+        for _ in range(many):
+            a @ a
+        runtime.synchronize(rt.device)
+        best = min(best, (time.perf_counter() - t0) / many)
+    return 2 * n**3 / best
+
+
+# ---- Text -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """Packed text in memory, so that a run's time is the training's alone and every run sees the same tokens."""
+
+    name: str
+    train: np.ndarray  # (N, T+1) ids; -1 = no token
+    val: np.ndarray  # (M, T+1) ids, each row the beginning of a document; -1 behind its end
+    token_bytes: np.ndarray  # (V,)
+    bos: int
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.token_bytes)
+
+    @property
+    def sequence_len(self) -> int:
+        return self.train.shape[1] - 1
+
+    def digest(self, num_rows: int) -> str:
+        """Of what a run over the first num_rows sees."""
+        parts = (np.ascontiguousarray(a, np.int32) for a in (self.train[:num_rows], self.val, self.token_bytes))
+        return hashlib.sha256(b"".join(a.tobytes() for a in parts)).hexdigest()[:16]
+
+    def save(self, path: Path, max_bytes: int | None = None) -> None:
+        """One .npz; rows of training text are left out until it fits into max_bytes."""
+        count = len(self.train)
+        while True:
+            kind = np.uint16 if self.vocab_size < 1 << 16 else np.int32  # -1 wraps to 65,535, which is no id
+            ids = self.train[:count].astype(kind), self.val.astype(kind)
+            facts = np.frombuffer(json.dumps({"name": self.name, "bos": self.bos}).encode(), np.uint8)
+            with path.open("wb") as file:
+                np.savez_compressed(file, train=ids[0], val=ids[1], token_bytes=self.token_bytes, facts=facts)
+            size = path.stat().st_size
+            if max_bytes is None or size <= max_bytes or count <= 1:
+                return
+            count = min(count - 1, int(count * max_bytes / size * 0.99))
+
+    @classmethod
+    def load(cls, path: Path) -> Text:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {key: file[key] for key in ("train", "val", "token_bytes", "facts")}
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path} is no packed text ({error}); write it with bench.gpu_suite --pack") from None
+        ids = {key: _signed(found[key]) for key in ("train", "val")}
+        facts = json.loads(found["facts"].tobytes())
+        return cls(facts["name"], ids["train"], ids["val"], found["token_bytes"], facts["bos"])
+
+    @classmethod
+    def pack(
+        cls, name: str, vocab_size: int, sequence_len: int, num_rows: int | None, val_documents: int = 512
+    ) -> Text:
+        """The first rows of a source of text, or all of one pass, tokenised by a vocabulary trained on its train split.
+
+        Raises:
+            InputError: no such source, or it has no text.
+        """
+        source = open_source(name)
+        tokenizer = tokenizer_for(source, vocab_size)
+        rows = train_rows(source, tokenizer, sequence_len, num_rows)
+        val = validation_rows(source, tokenizer, sequence_len, val_documents)
+        return cls(source.name, rows, val, tokenizer.num_bytes(), tokenizer.get_bos_token_id())
+
+    @classmethod
+    def open(
+        cls, name: str, vocab_size: int, sequence_len: int, num_rows: int | None, val_documents: int = 512
+    ) -> Text:
+        """A packed file, or a source of text that is packed now. A file keeps its own sizes."""
+        if name.endswith(".npz"):
+            text = cls.load(Path(name))
+        else:
+            text = cls.pack(name, vocab_size, sequence_len, num_rows, val_documents)
+        if num_rows is not None and num_rows > len(text.train):
+            raise InputError(f"{name} has {len(text.train)} rows of {text.sequence_len} tokens, not {num_rows}; "
+                             f"lower --steps to {len(text.train) / num_rows:.0%} of it")  # fmt: skip
+        return text
+
+    def batches(self, plan: Plan, seed: int, device: torch.device) -> Iterator[list[Batch]]:
+        """The micro-batches of each step: the first rows of the text in an order that the seed gives."""
+        n, size = plan.steps * plan.rows_per_step, plan.device_batch_size
+        order = np.random.default_rng(seed).permutation(n)
+        for at in range(0, n, plan.rows_per_step):
+            rows = self.train[order[at : at + plan.rows_per_step]]
+            yield [to_batch(rows[i : i + size], self.bos, device) for i in range(0, len(rows), size)]
+
+
+def _signed(ids: np.ndarray) -> np.ndarray:
+    """(…) int32 with -1 where no token stands."""
+    return np.where(ids == 0xFFFF, -1, ids.astype(np.int32)) if ids.dtype == np.uint16 else ids
+
+
+def to_batch(rows: np.ndarray, bos: int, device: torch.device) -> Batch:
+    """(B, T+1) ids -> inputs and targets, int64 (B, T) each; where no token stands, the input is BOS."""
+    ids = torch.from_numpy(rows.astype(np.int64)).to(device)
+    return ids[:, :-1].where(ids[:, :-1] >= 0, bos), ids[:, 1:].contiguous()
+
+
+def tokenizer_for(source: Source, vocab_size: int) -> Tokenizer:
+    """Trained on the train split, kept under the base directory."""
+    folder = base_dir() / "bench" / f"tokenizer-{vocab_size}-{source.fingerprint()[:16]}"
+    if not (folder / FILE_NAME).exists():
+        print(f"training a tokenizer of {vocab_size:,} ids on {source.name}", flush=True)
+        Tokenizer.train_from_iterator(source.texts("train"), vocab_size).save(folder)
+    return Tokenizer.from_directory(folder)
+
+
+def train_rows(source: Source, tokenizer: Tokenizer, sequence_len: int, num_rows: int | None) -> np.ndarray:
+    """(N, T+1) rows of the loader's stream from its start; num_rows None = one pass over the text."""
+    loader = PackingLoader(
+        source, "train", tokenizer, batch_size=32, sequence_len=sequence_len, repeat=num_rows is not None
+    )
+    parts: list[np.ndarray] = []
+    while num_rows is None or 32 * len(parts) < num_rows:
+        batch = next(loader, None)
+        if batch is None:
+            break
+        inputs, targets = batch
+        assert torch.equal(inputs[:, 1:][targets[:, :-1] >= 0], targets[:, :-1][targets[:, :-1] >= 0])
+        parts.append(torch.cat([inputs[:, :1], targets], 1).to(torch.int32).numpy())
+    loader.close()
+    rows = np.concatenate(parts)[:num_rows]
+    return rows[(rows[:, 1:] >= 0).any(1)]  # the last batch of a pass is filled up with empty rows
+
+
+def validation_rows(source: Source, tokenizer: Tokenizer, sequence_len: int, documents: int) -> np.ndarray:
+    """(M, T+1): BOS and the first T tokens of each of the first documents of the val split; -1 behind the end."""
+    texts: list[str] = []
+    for block in range(source.num_blocks("val")):
+        texts += source.read_block("val", block)
+        if len(texts) >= documents:
+            break
+    ids = tokenizer.encode_to_arrays(texts[:documents], prepend=tokenizer.get_bos_token_id())
+    rows = np.full((len(ids), sequence_len + 1), -1, np.int32)
+    for row, document in zip(rows, ids, strict=True):
+        row[: len(document)] = document[: sequence_len + 1]
+    return rows
+
+
+# ---- One run ----------------------------------------------------------------------------------------------------
+
+
+class Built:
+    """A model in training."""
+
+    def __init__(self, setting: Setting, plan: Plan, vocab_size: int) -> None:
+        self.plan = plan
+        self.rt = start(plan, setting.seed)  # seeds torch: the same weights for the same seed
+        self.config, self.recipe = resolve(setting, vocab_size, plan.sequence_len)
+        self.model = checkpoint.build_model(self.config, self.rt)
+        if plan.dtype == "fp8":
+            use_fp8(self.model)
+        self.forward = compiled(self.model, self.rt, plan.compile)
+        self.optimizer = make_optimizer(self.model, self.recipe, self.rt)
+
+    def optimize(self, step: int) -> None:
+        self.optimizer.set_lr(*schedule(self.recipe, step, self.plan.steps))
+        self.optimizer.step(self.recipe.grad_clip or None)
+
+    def step(self, batches: Sequence[Batch], step: int) -> Tensor:
+        """One optimizer step; returns the loss (), nats a target. Does not wait for the device."""
+        self.model.train()
+        loss = accumulate(self.forward, batches, 1, self.rt.device)
+        self.optimize(step)
+        return loss
+
+    def timed_step(self, batches: Sequence[Batch], step: int) -> tuple[float, float]:
+        """(seconds, loss) of one step, waited for on both sides."""
+        runtime.synchronize(self.rt.device)
+        t0 = time.perf_counter()
+        loss = self.step(batches, step).item()
+        runtime.synchronize(self.rt.device)
+        return time.perf_counter() - t0, loss
+
+    def warm_up(self, batches: Sequence[Batch]) -> float:
+        """Compile and fill caches, then put weights and optimizer back to the start. Returns the seconds it took."""
+        t0 = time.perf_counter()
+        weights = {key: value.clone() for key, value in self.model.state_dict().items()}
+        for step in range(WARMUP_STEPS):
+            self.timed_step(batches, step)
+        self.model.load_state_dict(weights)
+        self.optimizer = make_optimizer(self.model, self.recipe, self.rt)
+        return time.perf_counter() - t0
+
+    def bpb(self, text: Text) -> float:
+        """Validation bits per byte."""
+        size = self.plan.device_batch_size
+        rows = (text.val[i : i + size] for i in range(0, len(text.val), size))
+        batches = (to_batch(part, text.bos, self.rt.device) for part in rows)
+        self.model.eval()
+        return evaluate_bpb(self.model, batches, torch.from_numpy(text.token_bytes).to(self.rt.device))
+
+
+def train_run(
+    setting: Setting, plan: Plan, text: Text, label: str = "", eval_every: int | None = None
+) -> dict[str, Any]:
+    """Train from the start to the end of the plan.
+
+    Returns:
+        bpb at the end (None where the loss was no number, and the run ended there); seconds of training alone;
+        median and slowest step; warmup_seconds (compiling, not in seconds); curve: [[step, seconds, bpb], ...] of
+        the validations; the rate of a 1024^3 product before and after, FLOP/s, by which a loaded machine shows.
+    """
+    built = Built(setting, plan, text.vocab_size)
+    steps = list(text.batches(plan, setting.seed, torch.device("cpu")))
+    device = built.rt.device
+    before = matmul_rate(built.rt, 1024)
+    warmup_seconds = built.warm_up([(x.to(device), y.to(device)) for x, y in steps[0]])
+    times: list[float] = []
+    curve: list[tuple[int, float, float]] = []
+    last_line, loss = time.perf_counter(), math.nan
+    for step, batches in enumerate(steps):
+        seconds, loss = built.timed_step([(x.to(device), y.to(device)) for x, y in batches], step)
+        times.append(seconds)
+        if not math.isfinite(loss):
+            break
+        if step + 1 == plan.steps or (eval_every and (step + 1) % eval_every == 0):
+            curve.append((step + 1, sum(times), built.bpb(text)))
+        if time.perf_counter() - last_line > LINE_SECONDS:
+            last_line, per_step = time.perf_counter(), statistics.median(times)
+            eta = per_step * (plan.steps - step - 1)
+            print(f"  {label} step {step + 1}/{plan.steps} | loss {loss:.4f} | {per_step:.3f} s/step | eta {eta:.0f} s",
+                  flush=True)  # fmt: skip
+    bpb = curve[-1][2] if curve and len(times) == plan.steps and math.isfinite(curve[-1][2]) else None
+    return {
+        "bpb": bpb,
+        "loss": loss if math.isfinite(loss) else None,
+        "seconds": sum(times),
+        "median_step": statistics.median(times),
+        "slowest_step": max(times),
+        "warmup_seconds": warmup_seconds,
+        "tokens": len(times) * plan.tokens_per_step,
+        "curve": curve,
+        "matmul": [before, matmul_rate(built.rt, 1024)],
+        "memory_mib": runtime.peak_memory_mib(device),
+        "params": sum(p.numel() for p in built.model.parameters()),
+    }
+
+
+def run_task(
+    setting: Setting, plan: Plan, text: Text, label: str, eval_every: int | None = None, kind: str = "run"
+) -> Task:
+    """A training run as a task. A result without validations on the way does for a run that asks for none."""
+    plan.check()
+    config, recipe = resolve(setting, text.vocab_size, plan.sequence_len)
+    if plan.sequence_len != text.sequence_len:
+        raise InputError(f"the text is packed in rows of {text.sequence_len} tokens; use --sequence_len of that")
+    spec = {
+        "kind": kind,
+        "config": config.to_dict(),
+        "recipe": asdict(recipe),
+        "seed": setting.seed,
+        "plan": asdict(plan),
+        "text": text.digest(plan.steps * plan.rows_per_step),
+        "machine": machine(plan),
+        "eval_every": eval_every,
+    }
+    work = partial(train_run, setting, plan, text, label, eval_every)
+    return Task(label, spec, work, flops_per_token(config) * plan.steps * plan.tokens_per_step)

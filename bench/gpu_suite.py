@@ -1,0 +1,344 @@
+"""Everything that needs a GPU, in pieces, unattended.
+
+    python -m bench.gpu_suite --pack=packed.npz --data=FOLDER --vocab_size=32768 --sequence_len=1024   # anywhere
+    python -m bench.gpu_suite --data=packed.npz --results=suite.jsonl                                  # on the GPU
+    python -m bench.gpu_suite --tiny                                                  # all of it in small, on a CPU
+
+A call starts nothing that would end after --minutes; the same call again goes on behind what the results file holds,
+until it says that nothing is left. Pieces: kernels (against fp64), speed (tokens/s, mfu, memory at depth 12 and 20 in
+bf16 and fp8), loader (its rate against what the model takes), time (to bpb: modern against plain at depth 12), ablate
+(depth 8 and 12). The packed file holds rows of ids, the validation rows and the bytes of each id: no text is needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import ablate, common, time_to_bpb, train
+from bench.ablate import AblateConfig
+from bench.common import Plan, Setting, Text
+from bench.results import Results, Task, default_results, finish, run_all, table, words
+from bench.time_to_bpb import TimeToBpbConfig
+from nanochat import attention
+from nanochat.config import InputError, flag, run_cli
+from nanochat.data.loader import PackingLoader
+from nanochat.data.sources import Source, open_source
+from nanochat.gpt import ARCHS
+from nanochat.tokenizer import Tokenizer
+
+PIECES = ("kernels", "speed", "loader", "time", "ablate")
+# Largest relative error against fp64 in the L2 norm, outputs and gradients: TF32 has 10 bits of mantissa, bf16 has 7,
+# e4m3 has 3; a few layers add up to some units of the last place.
+LIMITS = {"float32": 4e-3, "bfloat16": 5e-2, "fp8": 0.3}
+HEADROOM = 3.0  # the loader's tokens/s over the model's, per 8 cores
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    data: str | None = flag(None, "packed .npz, folder of text or source name; default with --tiny: tinyworld")
+    pieces: str = flag(",".join(PIECES), "what to run")
+    pack: str | None = flag(None, "write the packed text of --data into this .npz, and do nothing else")
+    pack_mib: float = flag(58.0, "largest size of it")
+    pack_rows: int | None = flag(None, "rows of it; default: one pass over the text")
+    vocab_size: int = flag(32_768, "of the tokenizer; a packed file has its own")
+    sequence_len: int = flag(1024, "context of time and ablate; a packed file has its own")
+    tiny: bool = flag(False, "all sizes turned down, on a CPU")
+    minutes: float = flag(9.0, "of this call")
+    seeds: str = flag("0,1", "of the ablations and of time to bpb")
+    candidates: str = flag("parts", "of the ablations: all, parts, recipe, none, or names")
+    add: str = flag("", "further candidates: 'name: key=value; ...'")
+    results: str | None = flag(None, "file of what is finished; default: <base>/bench/gpu_suite.jsonl")
+    fresh: bool = flag(False, "make results of other code again")
+
+    def __post_init__(self) -> None:
+        for piece in words(self.pieces):
+            if piece not in PIECES:
+                raise InputError(f"--pieces {piece!r} is none of {', '.join(PIECES)}")
+        if self.pack is not None and self.data is None:
+            raise InputError("--pack needs --data, the text to pack")
+        if self.pack is None and not self.tiny:
+            if not torch.cuda.is_available():
+                raise InputError("torch finds no GPU here; use --tiny to try the suite on a CPU")
+            if self.data is None and {"time", "ablate"} & {*words(self.pieces)}:
+                raise InputError("no text for time and ablate; give --data=packed.npz (made with --pack) or a folder")
+
+    @property
+    def text_name(self) -> str:
+        return self.data or "tinyworld"
+
+    def plan(self, depth: int, dtype: str) -> Plan:
+        """Of the speed piece."""
+        if self.tiny:
+            return Plan(2, 128, 32, 2, dtype, False, "cpu", 1)
+        rows = 32 if depth <= 12 else 16
+        return Plan(20, 8 * rows * 2048, 2048, rows, dtype, True, "cuda")
+
+
+# ---- Kernels against fp64 ---------------------------------------------------------------------------------------
+
+
+def relative_error(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+    """Largest ||found - exact|| / ||exact|| over pairs of tensors."""
+    pairs = zip(found, exact, strict=True)
+    return max(float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)) for a, b in pairs)
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v over each position and those before it; (B, T, H, D) each."""
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / q.size(-1) ** 0.5
+    future = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).triu(1)
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+
+
+def check_attention(device: str, dtype: str, T: int, D: int) -> dict[str, Any]:
+    """The attention that the model uses, output and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(2, T, 4, D, generator=generator, dtype=torch.float64) for _ in range(4)]
+    given = [x.to(device, getattr(torch, dtype)) for x in exact]
+    outcome = []
+    for kernel, (q, k, v, up) in ((attention.causal_attention, given), (plain_attention, [x.double() for x in given])):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = kernel(*leaves)
+        outcome.append([y, *torch.autograd.grad(y, leaves, up)])
+    return {"error": relative_error(*outcome)}
+
+
+def check_model(arch: str, device: str, dtype: str, sizes: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Loss and all gradients of a model in a dtype against the same model in fp64: head, loss, attention, matmuls."""
+    depth, width, vocab_size, T = sizes
+    plan = Plan(1, 2 * T, T, 2, dtype, False, device, 1)
+    setting = Setting(depth, arch, 0, {"aspect_ratio": width // depth, "head_dim": min(128, width // 2)})
+    ids = torch.randint(vocab_size, (2, T + 1), generator=torch.Generator().manual_seed(1)).to(device)
+    outcome = []
+    for is_exact in (False, True):
+        built = common.Built(setting, plan, vocab_size)
+        generator = torch.Generator(device).manual_seed(2)
+        with torch.no_grad():
+            for p in built.model.parameters():  # zeros at the start would leave most gradients zero
+                if not p.any():
+                    p.normal_(0.0, 0.02, generator=generator)
+        if is_exact:
+            built.model.double().prepare(built.rt.device, torch.float64)
+        loss = built.model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        grads = [p.grad for p in built.model.parameters() if p.grad is not None and p.ndim == 2]
+        outcome.append([loss.detach(), *grads])
+    return {"error": relative_error(*outcome)}
+
+
+def kernel_tasks(cfg: SuiteConfig) -> list[Task]:
+    device = "cpu" if cfg.tiny else "cuda"
+    T, D, sizes = (32, 16, (2, 64, 128, 32)) if cfg.tiny else (2048, 128, (4, 512, 8192, 1024))
+    found = []
+    for dtype in ("float32", "bfloat16", *(["fp8"] if common.has_fp8() else [])):
+        checks: dict[str, Callable[[], dict[str, Any]]] = {
+            f"model {arch}": partial(check_model, arch, device, dtype, sizes) for arch in ARCHS
+        }
+        if dtype != "fp8":
+            checks["attention"] = partial(check_attention, device, dtype, T, D)
+        for name, work in checks.items():
+            spec = {"kind": "kernels", "name": name, "dtype": dtype, "sizes": [T, D, *sizes]}
+            spec["machine"] = common.machine(Plan(1, device=device))
+            found.append(Task(f"{name} {dtype} against fp64", spec, work))
+    return found
+
+
+def show_kernels(found: list[tuple[Task, dict[str, Any]]]) -> list[dict[str, Any]]:
+    records = [
+        {"name": t.spec["name"], "dtype": (dtype := t.spec["dtype"]), **r, "ok": r["error"] <= LIMITS[dtype]}
+        for t, r in found
+    ]
+    rows = [(r["name"], r["dtype"], f"{r['error']:.1e}", f"{LIMITS[r['dtype']]:.0e}", r["ok"]) for r in records]
+    table(["against fp64", "dtype", "relative error", "limit", "ok"], rows)
+    if not common.has_fp8():
+        print("fp8: this model has no fp8 matrix products, not measured")
+    return records
+
+
+# ---- Speed and loader -------------------------------------------------------------------------------------------
+
+
+def speed_tasks(cfg: SuiteConfig) -> list[Task]:
+    found = []
+    vocab_size = 256 if cfg.tiny else cfg.vocab_size
+    for depth in (1, 2) if cfg.tiny else (12, 20):
+        for arch in ARCHS:
+            for dtype in ("bfloat16", *(["fp8"] if common.has_fp8() else [])):
+                plan, side = cfg.plan(depth, dtype), 64 if cfg.tiny else common.MATMUL * 4
+                setting = Setting(depth, arch, 0, {"aspect_ratio": 32, "head_dim": 32} if cfg.tiny else {})
+                config, recipe = common.resolve(setting, vocab_size, plan.sequence_len)
+                spec = {"kind": "speed", "config": config.to_dict(), "recipe": asdict(recipe), "plan": asdict(plan)}
+                spec |= {"machine": common.machine(plan), "side": side, "depth": depth, "arch": arch, "dtype": dtype}
+                work = partial(train.measure, setting, plan, vocab_size, None, 2, side)
+                cost = common.flops_per_token(config) * plan.tokens_per_step
+                found.append(Task(f"speed d{depth} {arch} {dtype}", spec, work, cost))
+    return found
+
+
+def show_speed(found: list[tuple[Task, dict[str, Any]]]) -> list[dict[str, Any]]:
+    records = [{**{key: t.spec[key] for key in ("depth", "arch", "dtype")}, **r} for t, r in found]
+    train.show(records)
+    return records
+
+
+class Held(Source):
+    """Blocks of another source, in memory: the loader's own speed is wanted, not that of a disk or a generator."""
+
+    def __init__(self, source: Source, num_blocks: int) -> None:
+        self.name = source.name
+        self.blocks = [source.read_block("train", i) for i in range(min(num_blocks, source.num_blocks("train")))]
+
+    def num_blocks(self, split: str) -> int:
+        return len(self.blocks)
+
+    def read_block(self, split: str, i: int) -> list[str]:
+        return self.blocks[i]
+
+    def fingerprint(self) -> str:
+        return self.name
+
+
+def loader_rate(
+    name: str, vocab_size: int, T: int, rows: int, blocks: int, batches: int, device: str
+) -> dict[str, Any]:
+    """Tokens/s of batches on the device, with a consumer that only waits; a tokenizer is trained on the same text."""
+    source = Held(open_source(name), blocks)
+    tokenizer = Tokenizer.train_from_iterator(source.texts("train"), vocab_size)
+    loader = PackingLoader(source, "train", tokenizer, batch_size=rows, sequence_len=T, device=device)
+    next(loader)  # what is packed while the first is waited for came for free, and is little
+    t0 = time.perf_counter()
+    tokens = sum(inputs.numel() for inputs, _ in islice(loader, batches))
+    seconds = time.perf_counter() - t0
+    loader.close()
+    return {"tok_per_sec": tokens / seconds, "cores": common.cores()}
+
+
+def loader_tasks(cfg: SuiteConfig) -> list[Task]:
+    """From tinyworld, which every machine has, unless --data is text; ids of its many short words are cheap to make,
+    so the rate is that of this text."""
+    name = "tinyworld" if cfg.text_name.endswith(".npz") else cfg.text_name
+    args = (name, 300, 32, 2, 1, 20, "cpu") if cfg.tiny else (name, 8192, 2048, 32, 32, 400, "cuda")
+    spec = {"kind": "loader", "args": list(args), "machine": common.machine(Plan(1, device=args[-1]))}
+    return [Task(f"loader on {name}", spec, partial(loader_rate, *args))]
+
+
+def show_loader(found: list[tuple[Task, dict[str, Any]]], speed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rates = [row["tok_per_sec"] for row in speed]
+    records = []
+    for _, r in found:
+        per_8 = r["tok_per_sec"] * 8 / r["cores"]
+        records.append({**r, "tok_per_sec_per_8_cores": per_8, "headroom": per_8 / max(rates) if rates else None})
+        shown = f"{per_8 / max(rates):.1f}x the fastest model (target {HEADROOM:.0f}x)" if rates else "no speed yet"
+        print(f"loader: {r['tok_per_sec']:,.0f} tokens/s on {r['cores']} cores, {per_8:,.0f} on 8 of them: {shown}")
+    return records
+
+
+# ---- Training runs ----------------------------------------------------------------------------------------------
+
+
+def time_config(cfg: SuiteConfig, text: Text, minutes: float, results: Path) -> TimeToBpbConfig:
+    common_flags: dict[str, Any] = {"data": cfg.text_name, "results": str(results), "time_limit": minutes}
+    common_flags |= {"fresh": cfg.fresh, "seeds": cfg.seeds.split(",")[0] if cfg.tiny else cfg.seeds}
+    if cfg.tiny:
+        sizes: dict[str, Any] = {
+            "depths": "1",
+            "steps": 4,
+            "horizons": "2",
+            "tokens_per_step": 128,
+            "device_batch_size": 2,
+        }
+        sizes |= {"aspect_ratio": 32, "compile": False, "device": "cpu", "threads": 1, "isolate": False}
+        return TimeToBpbConfig(**common_flags, **sizes, vocab_size=300, sequence_len=32, val_documents=8)
+    tokens_per_step, rows = 131_072, 32
+    steps = min(250, len(text.train) * text.sequence_len // tokens_per_step)
+    horizons = ",".join(str(round(steps * part)) for part in (0.5, 0.65, 0.8))
+    sizes = {"depths": "12", "dtypes": "bfloat16", "steps": steps, "horizons": horizons}
+    sizes |= {"tokens_per_step": tokens_per_step, "device_batch_size": rows, "device": "cuda"}
+    return TimeToBpbConfig(**common_flags, **sizes, vocab_size=text.vocab_size, sequence_len=text.sequence_len)
+
+
+def ablate_config(cfg: SuiteConfig, text: Text, minutes: float, results: Path) -> AblateConfig:
+    common_flags: dict[str, Any] = {"data": cfg.text_name, "results": str(results), "time_limit": minutes}
+    common_flags |= {"fresh": cfg.fresh, "add": cfg.add, "candidates": cfg.candidates, "seeds": cfg.seeds}
+    if cfg.tiny:
+        common_flags |= {"seeds": "0", "candidates": "none", "add": cfg.add or "hot: matrix_lr=0.04"}
+        sizes: dict[str, Any] = {"depths": "1,2", "widths": "32,32", "head_dim": 32, "steps": 2, "tokens_per_step": 128}
+        sizes |= {"device_batch_size": 2, "compile": False, "device": "cpu", "jobs": 0, "timing_rounds": 1}
+        sizes |= {"dtype": "float32", "vocab_size": 300, "sequence_len": 32, "val_documents": 8}
+        return AblateConfig(**common_flags, **sizes)
+    steps = min(150, len(text.train) * text.sequence_len // 131_072)
+    sizes = {"depths": "8,12", "widths": "512,768", "head_dim": 128, "steps": steps, "tokens_per_step": 131_072}
+    sizes |= {"device_batch_size": 32, "dtype": "bfloat16", "device": "cuda"}
+    return AblateConfig(**common_flags, **sizes, vocab_size=text.vocab_size, sequence_len=text.sequence_len)
+
+
+def pack(cfg: SuiteConfig) -> Path:
+    path = Path(cfg.pack or "")
+    text = Text.pack(cfg.text_name, cfg.vocab_size, cfg.sequence_len, cfg.pack_rows)
+    text.save(path, int(cfg.pack_mib * 2**20))
+    kept = len(Text.load(path).train)
+    size, tokens = path.stat().st_size / 2**20, kept * text.sequence_len
+    print(
+        f"{path}: {kept:,} of {len(text.train):,} rows, {tokens:,} tokens; {len(text.val)} to validate, {size:.1f} MiB"
+    )
+    return path
+
+
+def run(cfg: SuiteConfig) -> dict[str, Any] | None:
+    if cfg.pack is not None:
+        pack(cfg)
+        return None
+    begun, wanted = time.perf_counter(), words(cfg.pieces)
+    path = Path(cfg.results) if cfg.results else default_results("gpu_suite")
+    results = Results(path)
+    outcome: dict[str, Any] = {"bench": "gpu_suite", "left": 0}
+
+    def minutes() -> float:
+        return max(0.0, cfg.minutes - (time.perf_counter() - begun) / 60)
+
+    def piece(tasks: list[Task]) -> list[tuple[Task, dict[str, Any]]]:
+        outcome["left"] += run_all(tasks, results, jobs=int(not cfg.tiny), time_limit=minutes(), fresh=cfg.fresh)
+        return [(task, result) for task in tasks if (result := results.get(task))]
+
+    if "kernels" in wanted:
+        outcome["kernels"] = show_kernels(piece(kernel_tasks(cfg)))
+    if "speed" in wanted:
+        outcome["speed"] = show_speed(piece(speed_tasks(cfg)))
+    if "loader" in wanted:
+        outcome["loader"] = show_loader(piece(loader_tasks(cfg)), outcome.get("speed", []))
+    for name in ("time", "ablate"):
+        if name in wanted:
+            text = text_of(cfg)
+            print(f"\n## {name}", flush=True)
+            if name == "time":
+                outcome[name] = time_to_bpb.run(time_config(cfg, text, minutes(), path))
+            else:
+                outcome[name] = ablate.run(ablate_config(cfg, text, minutes(), path))
+            outcome["left"] += outcome[name]["left"]
+    print(f"{outcome['left']} tasks are left: run it again" if outcome["left"] else "nothing is left", flush=True)
+    finish(outcome)
+    return outcome
+
+
+def text_of(cfg: SuiteConfig) -> Text:
+    """For its sizes; a folder is packed as far as the longest run needs it."""
+    if cfg.tiny:
+        return Text.open(cfg.text_name, 300, 32, 16, 8)
+    num_rows = None if cfg.text_name.endswith(".npz") else 32_000
+    return Text.open(cfg.text_name, cfg.vocab_size, cfg.sequence_len, num_rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_cli(SuiteConfig, run, argv, about=__doc__)
+
+
+if __name__ == "__main__":
+    main()
