@@ -1,7 +1,7 @@
 """Which parts and hyper-parameters pay: candidates x depths x seeds against one base, unattended.
 
     python -m bench.ablate --data=../shared/hub/datasets/local/edu-text-small --jobs=2     # CPU, one core a run
-    python -m bench.ablate --candidates=parts --seeds=0,1,2
+    python -m bench.ablate --candidates=extras --seeds=0,1,2
     python -m bench.ablate --candidates=none --add="hot: matrix_lr=0.04; slow: warmdown_ratio=0.6"
     python -m bench.ablate --data=packed.npz --depths=8,12 --widths=512,768 --tokens_per_step=131072 --steps=150   # GPU
 
@@ -55,7 +55,7 @@ class AblateConfig:
     data: str = flag("../shared/hub/datasets/local/edu-text-small", "folder of text, source name, or packed .npz")
     arch: str = flag("modern", "the base's architecture")
     base: str = flag("", "the base's own hyper-parameters, e.g. matrix_lr=0.03")
-    candidates: str = flag("all", "all, parts, recipe, none, or names from these")
+    candidates: str = flag("all", "all, extras, recipe, none, or names from these")
     add: str = flag("", "further candidates: 'name: key=value, key=value; name: ...'")
     depths: str = flag("2,4", "layers")
     widths: str = flag("128,192", "width of each depth")
@@ -87,11 +87,11 @@ class AblateConfig:
 # ---- Candidates -------------------------------------------------------------------------------------------------
 
 
-def leave_one_out(parts: Sequence[str]) -> list[Candidate]:
-    """The base without each of its parts."""
+def leave_one_out(extras: Sequence[str]) -> list[Candidate]:
+    """The base without each of its extras."""
     return [
-        Candidate(f"-{part}", {"parts": tuple(p for p in parts if p != part)}, f"without {part}", removes=part)
-        for part in parts
+        Candidate(f"-{extra}", {"extras": tuple(e for e in extras if e != extra)}, f"without {extra}", removes=extra)
+        for extra in extras
     ]
 
 
@@ -128,10 +128,11 @@ def parse_candidates(text: str) -> list[Candidate]:
 def choose(cfg: AblateConfig) -> list[Candidate]:
     """The candidates that the flags ask for."""
     base = common.parse_overrides(cfg.base)
-    config, recipe = common.resolve(Setting(1, cfg.arch, 0, {**base, "head_dim": 64}), 256, 64)
-    parts = leave_one_out(getattr(config, "parts", ()))
-    known = {"parts": parts, "recipe": neighbours(recipe), "none": []}
-    known["all"] = parts + known["recipe"]
+    setting = Setting(1, cfg.arch, 0, {**base, "head_dim": 64})
+    config, recipe = common.resolve(setting, cfg.vocab_size, cfg.sequence_len, cfg.tokens_per_step, cfg.steps)
+    extras = leave_one_out(config.extras or ())
+    known = {"extras": extras, "recipe": neighbours(recipe), "none": []}
+    known["all"] = extras + known["recipe"]
     added = parse_candidates(cfg.add)
     if cfg.candidates in known:
         return known[cfg.candidates] + added
@@ -255,7 +256,7 @@ def design(cfg: AblateConfig, text: Text) -> Experiment:
         mine, other = setting({}, depth, 0), setting(c.overrides, depth, 0)
         spec = {"kind": "timing", "rounds": cfg.timing_rounds, "plan": asdict(plan), "machine": common.machine(plan)}
         for name, one in (("base", mine), ("candidate", other)):
-            config, recipe = common.resolve(one, text.vocab_size, text.sequence_len)
+            config, recipe = common.resolve(one, text.vocab_size, text.sequence_len, plan.tokens_per_step, plan.steps)
             spec[name] = {"config": config.to_dict(), "recipe": asdict(recipe)}
         work = partial(time_pair, mine, other, plan, text, cfg.timing_rounds)
         cost = 4 * cfg.timing_rounds / cfg.steps * experiment.runs[c.name, depth, seeds[0]].cost

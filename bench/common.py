@@ -35,7 +35,7 @@ from nanochat.data.loader import PackingLoader
 from nanochat.data.sources import Source, open_source
 from nanochat.environment import base_dir
 from nanochat.evals.bpb import evaluate_bpb
-from nanochat.gpt import ARCHS, GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.tokenizer import FILE_NAME, Tokenizer
 from nanochat.trainer import accumulate, compiled, muon_dtype
@@ -60,41 +60,9 @@ class Setting:
     overrides: dict[str, Override] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Hyper-parameters of the runs: those of base_train's flags. grad_clip 0 = none."""
-
-    embedding_lr: float = 0.2
-    unembedding_lr: float = 0.004
-    matrix_lr: float = 0.02
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    warmup_ratio: float = 0.0
-    warmdown_ratio: float = 0.2
-    final_lr_frac: float = 0.0
-
-
-def base_recipe(arch: str) -> Any:
-    return Recipe()
-
-
-def parts_of(arch: str) -> tuple[str, ...]:
-    """The named parts that an architecture has by default; none where the model cannot leave any out."""
-    has_parts = any(f.name == "parts" for f in dataclasses.fields(GPTConfig))
-    return tuple(getattr(gpt, "MODERN_PARTS", ())) if has_parts and arch == "modern" else ()
-
-
-def schedule(recipe: Any, step: int, steps: int) -> tuple[float, float]:
-    """(learning rate multiplier, Muon momentum) of a step, counted from 0."""
-    lrm = scaling.lr_multiplier(
-        step / steps, recipe.warmup_ratio, recipe.warmdown_ratio, recipe.final_lr_frac, 1 / steps
-    )
-    return lrm, scaling.muon_momentum(step)
-
-
-def make_optimizer(model: GPT, recipe: Any, rt: runtime.Runtime) -> MuonAdamW:
-    names = ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay")
-    return build_optimizer(model, **{name: getattr(recipe, name) for name in names}, muon_dtype=muon_dtype(rt))
+def make_optimizer(model: GPT, recipe: scaling.Settings, rt: runtime.Runtime) -> MuonAdamW:
+    rates = {name: getattr(recipe, name) for name in (*scaling.RATES, "weight_decay")}
+    return build_optimizer(model, **rates, muon_dtype=muon_dtype(rt))
 
 
 def flops_per_token(config: GPTConfig) -> float:
@@ -117,34 +85,33 @@ def use_fp8(model: GPT) -> None:
     gpt.use_fp8(model)  # type: ignore[attr-defined]
 
 
-def resolve(setting: Setting, vocab_size: int, sequence_len: int) -> tuple[GPTConfig, Any]:
+def resolve(
+    setting: Setting, vocab_size: int, sequence_len: int, tokens_per_step: int, steps: int
+) -> tuple[GPTConfig, scaling.Settings]:
     """The model's and the recipe's every value.
 
     Raises:
         InputError: an unknown arch or override, or a width that does not divide into heads.
     """
-    if setting.arch not in ARCHS:
-        raise InputError(f"arch {setting.arch!r} is not known; use one of {', '.join(ARCHS)}")
-    recipe = base_recipe(setting.arch)
-    places: dict[str, dict[str, Any]] = {"shape": {}, "config": {}, "recipe": {}}
+    if setting.arch not in scaling.ARCHS:
+        raise InputError(f"arch {setting.arch!r} is not known; use one of {', '.join(scaling.ARCHS)}")
+    places: dict[str, dict[str, Any]] = {"shape": {}, "config": {}, "recipe": {"total_batch_size": tokens_per_step}}
     known = {"aspect_ratio": "shape", "head_dim": "shape"}
     known |= {f.name: "config" for f in dataclasses.fields(GPTConfig) if f.name not in ("arch", "vocab_size")}
-    known |= {f.name: "recipe" for f in dataclasses.fields(recipe)}
+    known |= {f.name: "recipe" for f in dataclasses.fields(scaling.Settings)}
     for name, value in setting.overrides.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0) or [""]
             raise InputError(f"override {name!r} names no hyper-parameter; the nearest is {near[0]!r}")
         places[known[name]][name] = value
     shape = scaling.shape_from_depth(setting.depth, vocab_size, sequence_len, **places["shape"])
-    sizes = {f.name: getattr(shape, f.name) for f in dataclasses.fields(shape)}
-    config = GPTConfig(**{**sizes, "arch": setting.arch, **places["config"]})
-    if getattr(config, "parts", ()) is None:  # the default set is spelled out: a result's key must tell two apart
-        config = dataclasses.replace(config, parts=parts_of(setting.arch))  # type: ignore[call-arg]
-    return config, dataclasses.replace(recipe, **places["recipe"])
+    sizes = {name: getattr(shape, name) for name in ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd")}
+    config = GPTConfig(vocab_size=vocab_size, **{**sizes, "arch": setting.arch, **places["config"]})
+    return config, scaling.settings(config.shape, 1, given=places["recipe"], iterations=steps)
 
 
 def parse_overrides(text: str) -> dict[str, Override]:
-    """ "matrix_lr=0.03, parts=(smear, bigram)" as Python values; a word that is none is a string."""
+    """ "matrix_lr=0.03, extras=(lambdas, bigram)" as Python values; a word that is none is a string."""
     found: dict[str, Override] = {}
     depth, parts = 0, [""]
     for char in text:
@@ -398,7 +365,7 @@ class Built:
     def __init__(self, setting: Setting, plan: Plan, vocab_size: int) -> None:
         self.plan = plan
         self.rt = start(plan, setting.seed)  # seeds torch: the same weights for the same seed
-        self.config, self.recipe = resolve(setting, vocab_size, plan.sequence_len)
+        self.config, self.recipe = resolve(setting, vocab_size, plan.sequence_len, plan.tokens_per_step, plan.steps)
         self.model = checkpoint.build_model(self.config, self.rt)
         if plan.dtype == "fp8":
             use_fp8(self.model)
@@ -406,7 +373,7 @@ class Built:
         self.optimizer = make_optimizer(self.model, self.recipe, self.rt)
 
     def optimize(self, step: int) -> None:
-        self.optimizer.set_lr(*schedule(self.recipe, step, self.plan.steps))
+        self.optimizer.set_lr(*scaling.schedule(self.recipe, step, self.plan.steps))
         self.optimizer.step(self.recipe.grad_clip or None)
 
     def step(self, batches: Sequence[Batch], step: int) -> Tensor:
@@ -494,7 +461,7 @@ def run_task(
 ) -> Task:
     """A training run as a task. A result without validations on the way does for a run that asks for none."""
     plan.check()
-    config, recipe = resolve(setting, text.vocab_size, plan.sequence_len)
+    config, recipe = resolve(setting, text.vocab_size, plan.sequence_len, plan.tokens_per_step, plan.steps)
     if plan.sequence_len != text.sequence_len:
         raise InputError(f"the text is packed in rows of {text.sequence_len} tokens; use --sequence_len of that")
     spec = {

@@ -53,7 +53,7 @@ class SuiteConfig:
     tiny: bool = flag(False, "all sizes turned down, on a CPU")
     minutes: float = flag(9.0, "of this call")
     seeds: str = flag("0,1", "of the ablations and of time to bpb")
-    candidates: str = flag("parts", "of the ablations: all, parts, recipe, none, or names")
+    candidates: str = flag("extras", "of the ablations: all, extras, recipe, none, or names")
     add: str = flag("", "further candidates: 'name: key=value; ...'")
     results: str | None = flag(None, "file of what is finished; default: <base>/bench/gpu_suite.jsonl")
     fresh: bool = flag(False, "make results of other code again")
@@ -174,7 +174,9 @@ def speed_tasks(cfg: SuiteConfig) -> list[Task]:
             for dtype in ("bfloat16", *(["fp8"] if common.has_fp8() else [])):
                 plan, side = cfg.plan(depth, dtype), 64 if cfg.tiny else common.MATMUL * 4
                 setting = Setting(depth, arch, 0, {"aspect_ratio": 32, "head_dim": 32} if cfg.tiny else {})
-                config, recipe = common.resolve(setting, vocab_size, plan.sequence_len)
+                config, recipe = common.resolve(
+                    setting, vocab_size, plan.sequence_len, plan.tokens_per_step, plan.steps
+                )
                 spec = {"kind": "speed", "config": config.to_dict(), "recipe": asdict(recipe), "plan": asdict(plan)}
                 spec |= {"machine": common.machine(plan), "side": side, "depth": depth, "arch": arch, "dtype": dtype}
                 work = partial(train.measure, setting, plan, vocab_size, None, 2, side)

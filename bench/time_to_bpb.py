@@ -36,7 +36,7 @@ class TimeToBpbConfig:
     dtypes: str = flag("float32", "of the activations: float32, bfloat16, fp8")
     steps: int = flag(122, "optimizer steps")
     horizons: str = flag("", "shorter runs of the architectures that are not the reference, in steps")
-    overrides: str = flag("", "hyper-parameters of those, e.g. matrix_lr=0.03,parts=(smear)")
+    overrides: str = flag("", "hyper-parameters of those, e.g. matrix_lr=0.03,extras=(bigram)")
     target: float | None = flag(None, "bpb to reach; default: the reference's final one")
     eval_every: int | None = flag(None, "steps between validations on the way; default: at the end only")
     vocab_size: int = flag(4096, "of the tokenizer that is trained on the data")

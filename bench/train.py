@@ -42,7 +42,7 @@ class TrainConfig:
     tokens_per_step: int = flag(16_384, "tokens of an optimizer step")
     device_batch_size: int = flag(32, "rows of a forward pass")
     aspect_ratio: int | None = flag(None, "width per layer; default: the depth dial's")
-    overrides: str = flag("", "hyper-parameters, e.g. parts=(smear,bigram)")
+    overrides: str = flag("", "hyper-parameters, e.g. extras=(lambdas,bigram)")
     compile: bool = flag(True, "torch.compile")
     device: str | None = flag(None, "cuda or cpu; default: the best there is")
     threads: int = flag(common.cores(), "of the CPU")
@@ -181,7 +181,7 @@ def run(cfg: TrainConfig) -> list[dict[str, Any]]:
             cfg.threads,
         )
         plan.check()
-        common.resolve(setting, cfg.vocab_size, cfg.sequence_len)
+        common.resolve(setting, cfg.vocab_size, cfg.sequence_len, 16_384, 1)
         wanted.append((setting, plan))
     if cfg.data is not None:  # once, not in each row's process
         common.tokenizer_for(open_source(cfg.data), cfg.vocab_size)

@@ -148,7 +148,8 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     q, k, v = F.pad(q, pad), F.pad(k, pad), F.pad(v, pad)
     head = _sdpa(q[:, :window], k[:, :window], v[:, :window], is_causal=True)
     blocks = [x.unfold(1, window + size, size).movedim(-1, 2).flatten(0, 1) for x in (k, v)]  # (B n, W + size, H_kv, D)
-    tail = _sdpa(q[:, window:].reshape(B * n, size, H, D), *blocks, mask=_band(size, window + size, window, q.device))
+    k, v = blocks
+    tail = _sdpa(q[:, window:].reshape(B * n, size, H, D), k, v, mask=_band(size, window + size, window, q.device))
     return torch.cat((head, tail.reshape(B, n * size, H, D)), dim=1)[:, :T]
 
 

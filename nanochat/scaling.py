@@ -30,18 +30,24 @@ class Settings:
     embedding_lr: float
     unembedding_lr: float
     matrix_lr: float
-    weight_decay: float
+    weight_decay: float  # plain: of the tables and the head; modern: of the matrices
+    grad_clip: float  # 0 = none
+    warmup_ratio: float
+    warmdown_ratio: float
+    final_lr_frac: float
 
 
 RATES = ("embedding_lr", "unembedding_lr", "matrix_lr")
 
-PLAIN = Settings(2**19, 20, 0.2, 0.004, 0.02, 0.0)  # the reference's, at any depth
+PLAIN = Settings(2**19, 20, 0.2, 0.004, 0.02, 0.0, 1.0, 0.0, 0.2, 0.0)  # the reference's, at any depth
 
 # `modern`: the values at the reference depth, and how they move from there. Runs of runs/scaling_laws.sh re-fit them.
-MODERN = Settings(2**19, 12.0, 0.2, 0.004, 0.02, 0.0)
+MODERN = Settings(2**19, 12.0, 0.2, 0.004, 0.02, 0.0, 0.0, 0.0, 0.6, 0.0)
 REFERENCE_DEPTH = 12
 BATCH_EXPONENT = 0.383  # B ~ D^0.383 (Bergsma et al. 2025, arXiv 2505.13738: the critical batch grows with the data)
-LR_EXPONENT = 0.5  # rates ~ sqrt(B) (Malladi et al. 2022, arXiv 2205.10287)
+# Rates ~ (steps of the reference / steps)^0.5: 0.02 is the matrices' best of the public recipe at depth 12 and 2,520
+# steps, 0.12 to 0.16 ours in 61 steps (docs/EXPERIMENTS.md). Shorter runs than the second are beyond the rule.
+LR_EXPONENT, LR_MOST = 0.5, 6.5
 WINDOW_PARTS, WINDOW_MULTIPLE = 4, 128  # a short window: T/4, rounded up to what attention kernels take at once
 
 # Values kept for the backward pass per token, layer and channel: fitted, with the logits below, to the peak memory
@@ -215,7 +221,12 @@ def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
 
 
 def settings(
-    shape: Shape, world_size: int, rows: int | None = None, given: Mapping[str, Any] | None = None
+    shape: Shape,
+    world_size: int,
+    rows: int | None = None,
+    given: Mapping[str, Any] | None = None,
+    iterations: int | None = None,
+    target_flops: float | None = None,
 ) -> Settings:
     """What follows from the depth for a run on `world_size` ranks.
 
@@ -223,13 +234,14 @@ def settings(
     with this vocabulary and context,
 
         B = B_ref * (D/D_ref)^0.383, rounded to what the ranks can share;
-        learning rates * sqrt(B/B_ref);
-        weight decay * sqrt(B/B_ref) * D_ref/D: then the steps over which it forgets stay the same part of a run
-        (Wang & Aitchison 2024, arXiv 2405.13698).
+        learning rates * sqrt(S_ref/S), S = D/B being the steps (LR_EXPONENT);
+        weight decay likewise: then the steps over which it forgets stay the same part of a run (Wang & Aitchison
+        2024, arXiv 2405.13698).
 
     Args:
         rows: a rank takes at once, where that is decided already.
         given: values of flags by name; they are taken as they are. None = not given.
+        iterations, target_flops: the horizon, where the ratio does not decide it.
 
     Raises:
         InputError: a value that no run can have.
@@ -240,21 +252,25 @@ def settings(
         return Settings(**{**asdict(PLAIN), **flags})
     ratio = flags.get("target_param_data_ratio", MODERN.target_param_data_ratio)
     tokens = ratio * shape.num_horizon_params
+    if iterations is None and target_flops is not None and 0 < target_flops < math.inf:
+        tokens = target_flops / shape.flops_per_token
     reference = reference_tokens(shape)
     batch = flags.get("total_batch_size")
     if batch is None:
         ideal = MODERN.total_batch_size * (tokens / reference) ** BATCH_EXPONENT
         batch = shared_batch(ideal, tokens, (rows or 1) * shape.sequence_len * world_size)
-    scale = (batch / MODERN.total_batch_size) ** LR_EXPONENT
-    auto = {name: getattr(MODERN, name) * scale for name in RATES}
-    auto["weight_decay"] = MODERN.weight_decay * scale * reference / tokens
-    return Settings(**{**auto, "total_batch_size": batch, "target_param_data_ratio": ratio, **flags})
+    steps = max(iterations or tokens / batch, 1)
+    scale = min(LR_MOST, (reference / MODERN.total_batch_size / steps) ** LR_EXPONENT)
+    auto = {name: getattr(MODERN, name) * scale for name in (*RATES, "weight_decay")}
+    sizes = {"total_batch_size": batch, "target_param_data_ratio": ratio}
+    return Settings(**{**asdict(MODERN), **auto, **sizes, **flags})
 
 
 def with_settings(cfg: Any, shape: Shape, world_size: int) -> Any:
     """The config of a run (scripts/base_train.py) with every setting decided that it leaves open (None)."""
     given = {f.name: getattr(cfg, f.name) for f in fields(Settings)}
-    return replace(cfg, **asdict(settings(shape, world_size, cfg.device_batch_size, given)))
+    whole = settings(shape, world_size, cfg.device_batch_size, given, cfg.num_iterations, cfg.target_flops)
+    return replace(cfg, **asdict(whole))
 
 
 def reference_tokens(shape: Shape) -> float:
@@ -454,6 +470,12 @@ def lr_multiplier(
         rest = (1 - progress) / warmdown
         return rest + (1 - rest) * final
     return 1.0
+
+
+def schedule(recipe: Any, step: int, steps: int) -> tuple[float, float]:
+    """(learning rate multiplier, Muon momentum) of a step, from 0, in base training by `Settings`."""
+    lrm = lr_multiplier(step / steps, recipe.warmup_ratio, recipe.warmdown_ratio, recipe.final_lr_frac, 1 / steps)
+    return lrm, muon_momentum(step)
 
 
 def muon_momentum(step: int) -> float:

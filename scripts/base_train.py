@@ -56,16 +56,22 @@ class BaseTrainConfig:
     )
     weight_decay: float | None = flag(None, "of AdamW; -1 = auto: plain 0.0", off=-1)
     matrix_lr: float | None = flag(None, "Muon learning rate of the matrices; -1 = auto: plain 0.02", off=-1)
-    grad_clip: float | None = flag(1.0, "largest gradient norm; 0 = no clipping", off=0.0)
+    grad_clip: float | None = flag(
+        None, "largest gradient norm; 0 = no clipping, -1 = auto: plain 1.0, modern 0", off=-1
+    )
     eval_every: int | None = flag(250, "steps between validations; -1 = never", off=-1)
     eval_tokens: int = flag(20 * 524288, "tokens of a validation")
     core_metric_every: int | None = flag(2000, "steps between CORE estimates; -1 = never", off=-1)
     core_metric_max_per_task: int | None = flag(500, "examples of each CORE task; -1 = all", off=-1)
     sample_every: int | None = flag(2000, "steps between sample completions; -1 = never", off=-1)
     model_tag: str | None = flag(None, "name of the checkpoint directory; empty = d<depth>", off="")
-    warmup_ratio: float = flag(0.0, "part of the steps that the learning rate rises over", new=True)
-    warmdown_ratio: float = flag(0.2, "part of the steps that it falls over", new=True)
-    final_lr_frac: float = flag(0.0, "where it ends", new=True)
+    warmup_ratio: float | None = flag(
+        None, "part of the steps that the learning rate rises over; -1 = auto: 0", off=-1, new=True
+    )
+    warmdown_ratio: float | None = flag(
+        None, "part of the steps that it falls over; -1 = auto: plain 0.2, modern 0.6", off=-1, new=True
+    )
+    final_lr_frac: float | None = flag(None, "where it ends; -1 = auto: 0", off=-1, new=True)
     dataset: str = flag("climbmix", "climbmix, fineweb-edu, tinyworld, or a folder of text", new=True)
     arch: str = flag("plain", "the model's architecture", choices=scaling.ARCHS, new=True)
     aspect_ratio: int = flag(scaling.ASPECT_RATIO, "width per layer", new=True)
@@ -198,10 +204,7 @@ def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
     user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
 
     def schedule(state: LoopState) -> tuple[float, float]:
-        lrm = scaling.lr_multiplier(
-            state.step / steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac, 1 / steps
-        )
-        return lrm, scaling.muon_momentum(state.step)
+        return scaling.schedule(cfg, state.step, steps)
 
     trainer = Trainer(
         rt=rt,
@@ -223,7 +226,7 @@ def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
         schedule=schedule,
         grad_accum_steps=accum,
         num_iterations=steps,
-        grad_clip=cfg.grad_clip,
+        grad_clip=cfg.grad_clip or None,
         flops_per_token=shape.flops_per_token,
         compile=cfg.compile,
         state=state,

@@ -81,8 +81,8 @@ def test_verdict_asks_for_every_depth_and_for_the_t_test():
 
 
 def test_candidates_leave_each_part_out_and_move_each_number_both_ways():
-    assert [c.overrides["parts"] for c in leave_one_out(("a", "b", "c"))] == [("b", "c"), ("a", "c"), ("a", "b")]
-    found = {c.name: c.overrides for c in neighbours(common.Recipe())}
+    assert [c.overrides["extras"] for c in leave_one_out(("a", "b", "c"))] == [("b", "c"), ("a", "c"), ("a", "b")]
+    found = {c.name: c.overrides for c in neighbours(scaling.PLAIN)}
     assert found["matrix_lr=0.014"] == {"matrix_lr": pytest.approx(0.014)}
     assert found["matrix_lr=0.028"] == {"matrix_lr": pytest.approx(0.028)}
     assert not any(name.startswith("weight_decay") for name in found)  # off stays off
@@ -245,7 +245,7 @@ def test_a_run_equals_a_plain_loop_that_never_warmed_up():
     found = common.train_run(Setting(2, "plain", 5, TINY), plan, text, eval_every=1)
     rt = Runtime(torch.device("cpu"), torch.float32)
     torch.manual_seed(5)
-    config, _ = common.resolve(Setting(2, "plain", 5, TINY), 40, 8)
+    config, _ = common.resolve(Setting(2, "plain", 5, TINY), 40, 8, 16, 2)
     model = checkpoint.build_model(config, rt)
     optimizer = build_optimizer(model, unembedding_lr=0.004, embedding_lr=0.2, matrix_lr=0.02)
     for step, batches in enumerate(text.batches(plan, 5, rt.device)):
@@ -273,7 +273,7 @@ def test_a_run_that_diverges_is_a_result_and_no_crash():
 )
 def test_a_wrong_setting_is_one_line(setting, message):
     with pytest.raises(InputError, match=message):
-        common.resolve(setting, 256, 64)
+        common.resolve(setting, 256, 64, 64, 2)
 
 
 def test_overrides_are_read_as_values():

@@ -12,7 +12,8 @@ import pytest  # noqa: E402
 
 from nanochat.config import InputError  # noqa: E402
 from nanochat.engine import Engine, sample  # noqa: E402
-from nanochat.gpt import ARCHS, GPT  # noqa: E402
+from nanochat.gpt import GPT  # noqa: E402
+from nanochat.scaling import ARCHS  # noqa: E402
 from nanochat.tools import calculate  # noqa: E402
 from tests.tiny_engine import ScriptedModel, scripted_engine, tiny_gpt, tiny_tokenizer  # noqa: E402
 

@@ -10,6 +10,7 @@ import torch
 from nanochat import attention, gpt
 from nanochat.config import InputError
 from nanochat.gpt import GPT, GPTConfig, rope_tables, rotate
+from nanochat.scaling import ARCHS, EXTRAS
 from tests.conftest import tiny_gpt
 
 
@@ -22,9 +23,10 @@ def fill(cache: gpt.KVCache, model: GPT, rows: torch.Tensor, chunks: list[int]) 
     return torch.cat([model(part, cache=cache) for part in rows.split(chunks, dim=1)], dim=1)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_the_real_model_has_as_many_parameters_as_the_formula_says(n_kv_head):
-    model = tiny_gpt(n_kv_head=n_kv_head)
+def test_the_real_model_has_as_many_parameters_as_the_formula_says(arch, n_kv_head):
+    model = tiny_gpt(arch=arch, n_kv_head=n_kv_head)
     assert sum(p.numel() for p in model.parameters()) == model.config.shape.num_params
 
 
@@ -68,7 +70,7 @@ def test_initial_weights_have_the_stated_spread():
         assert not silent.weight.any()
 
 
-@pytest.mark.parametrize("arch", gpt.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_a_later_token_cannot_change_an_earlier_logit(arch):
     model, idx = tiny_gpt(arch=arch), some_ids(2, 12)
     changed = idx.clone()
@@ -96,7 +98,7 @@ def test_small_queries_and_keys_are_all_that_differs_at_the_start():
 
 
 def test_every_extra_can_stand_alone_with_a_cache_as_without():
-    for extra in gpt.EXTRAS:
+    for extra in EXTRAS:
         model, idx = tiny_gpt(arch="modern", extras=(extra,)), some_ids(2, 9)
         with torch.no_grad():
             cached = fill(model.new_cache(2, 9), model, idx, [4, 1, 1, 3])
@@ -120,7 +122,7 @@ def test_value_embeddings_are_on_every_second_layer_up_to_the_last():
     assert tiny_gpt(arch="modern", n_layer=3).config.shape.value_layers == [0, 2]
 
 
-@pytest.mark.parametrize("arch", gpt.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_blocks_computed_again_in_the_backward_pass_give_the_same_gradients(arch):
     idx, targets = some_ids(2, 9), some_ids(2, 9, seed=3)
 
@@ -197,7 +199,7 @@ def test_the_soft_cap_is_computed_in_fp32_even_in_a_bf16_model():
 # The cache ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", gpt.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("n_kv_head", [4, 1])
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 1, 5], [1, 11], [3, 9]])
 @torch.no_grad()
@@ -208,7 +210,7 @@ def test_logits_with_a_cache_are_those_of_a_full_forward_however_the_tokens_are_
     assert cache.lengths.tolist() == [12, 12, 12]
 
 
-@pytest.mark.parametrize("arch", gpt.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 @torch.no_grad()
 def test_rows_of_different_lengths_in_one_padded_batch_go_on_as_if_each_were_alone(arch):
     model = tiny_gpt(arch=arch, n_kv_head=2)
@@ -228,7 +230,7 @@ def test_rows_of_different_lengths_in_one_padded_batch_go_on_as_if_each_were_alo
     assert cache.lengths.tolist() == [9, 13, 7, 11]
 
 
-@pytest.mark.parametrize("arch", gpt.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 @torch.no_grad()
 def test_selected_rows_of_a_cache_go_on_alone_and_leave_the_original_as_it_was(arch):
     model, idx = tiny_gpt(arch=arch), some_ids(2, 8)
