@@ -325,8 +325,9 @@ def report(experiment: Experiment, results: Results, depths: Sequence[int]) -> l
 
 
 def run(cfg: AblateConfig) -> dict[str, Any]:
-    num_rows = cfg.steps * (cfg.tokens_per_step // max(1, cfg.sequence_len))
-    text = Text.open(cfg.data, cfg.vocab_size, cfg.sequence_len, max(1, num_rows), cfg.val_documents)
+    plan = Plan(cfg.steps, cfg.tokens_per_step, cfg.sequence_len, cfg.device_batch_size)
+    plan.check()
+    text = Text.open(cfg.data, cfg.vocab_size, cfg.sequence_len, plan.num_rows, cfg.val_documents)
     experiment = design(cfg, text)
     results = Results(Path(cfg.results) if cfg.results else default_results("ablate"))
     begun = time.perf_counter()

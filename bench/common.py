@@ -154,6 +154,10 @@ class Plan:
     threads: int = 1  # of a CPU
 
     @property
+    def num_rows(self) -> int:
+        return self.steps * self.rows_per_step
+
+    @property
     def rows_per_step(self) -> int:
         return self.tokens_per_step // self.sequence_len
 
@@ -287,17 +291,12 @@ class Text:
     ) -> Text:
         """A packed file, or a source of text that is packed now. A file keeps its own sizes."""
         if name.endswith(".npz"):
-            text = cls.load(Path(name))
-        else:
-            text = cls.pack(name, vocab_size, sequence_len, num_rows, val_documents)
-        if num_rows is not None and num_rows > len(text.train):
-            raise InputError(f"{name} has {len(text.train)} rows of {text.sequence_len} tokens, not {num_rows}; "
-                             f"lower --steps to {len(text.train) / num_rows:.0%} of it")  # fmt: skip
-        return text
+            return cls.load(Path(name))
+        return cls.pack(name, vocab_size, sequence_len, num_rows, val_documents)
 
     def batches(self, plan: Plan, seed: int, device: torch.device) -> Iterator[list[Batch]]:
         """The micro-batches of each step: the first rows of the text in an order that the seed gives."""
-        n, size = plan.steps * plan.rows_per_step, plan.device_batch_size
+        n, size = plan.num_rows, plan.device_batch_size
         order = np.random.default_rng(seed).permutation(n)
         for at in range(0, n, plan.rows_per_step):
             rows = self.train[order[at : at + plan.rows_per_step]]
@@ -464,13 +463,16 @@ def run_task(
     config, recipe = resolve(setting, text.vocab_size, plan.sequence_len, plan.tokens_per_step, plan.steps)
     if plan.sequence_len != text.sequence_len:
         raise InputError(f"the text is packed in rows of {text.sequence_len} tokens; use --sequence_len of that")
+    if plan.num_rows > len(text.train):
+        most = len(text.train) // plan.rows_per_step
+        raise InputError(f"the text has no {plan.num_rows} rows, only {len(text.train)}; use --steps={most}")
     spec = {
         "kind": kind,
         "config": config.to_dict(),
         "recipe": asdict(recipe),
         "seed": setting.seed,
         "plan": asdict(plan),
-        "text": text.digest(plan.steps * plan.rows_per_step),
+        "text": text.digest(plan.num_rows),
         "machine": machine(plan),
         "eval_every": eval_every,
     }

@@ -107,7 +107,7 @@ def check_attention(device: str, dtype: str, T: int, D: int) -> dict[str, Any]:
     for kernel, (q, k, v, up) in ((attention.causal_attention, given), (plain_attention, [x.double() for x in given])):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         y = kernel(*leaves)
-        outcome.append([y, *torch.autograd.grad(y, leaves, up)])
+        outcome.append([y.detach(), *torch.autograd.grad(y, leaves, up)])
     return {"error": relative_error(*outcome)}
 
 
@@ -177,7 +177,12 @@ def speed_tasks(cfg: SuiteConfig) -> list[Task]:
                 config, recipe = common.resolve(
                     setting, vocab_size, plan.sequence_len, plan.tokens_per_step, plan.steps
                 )
-                spec = {"kind": "speed", "config": config.to_dict(), "recipe": asdict(recipe), "plan": asdict(plan)}
+                spec: dict[str, Any] = {
+                    "kind": "speed",
+                    "config": config.to_dict(),
+                    "recipe": asdict(recipe),
+                    "plan": asdict(plan),
+                }
                 spec |= {"machine": common.machine(plan), "side": side, "depth": depth, "arch": arch, "dtype": dtype}
                 work = partial(train.measure, setting, plan, vocab_size, None, 2, side)
                 cost = common.flops_per_token(config) * plan.tokens_per_step

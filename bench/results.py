@@ -6,11 +6,12 @@ import ast
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class Results:
         self.lines[task.key] = record
 
 
+@cache
 def code_digest() -> str:
     """Of the code that a training run consists of, without comments, docstrings and layout: the modules that model,
     optimizer, loop, loader and bpb import, and bench/common.py."""
@@ -155,9 +157,7 @@ def run_all(
                 task = running.pop(future)
                 try:
                     result, seconds = future.result()
-                except InputError:
-                    raise
-                except (BrokenProcessPool, RuntimeError, MemoryError) as error:  # out of memory, a kernel's refusal
+                except Exception as error:  # whatever one task dies of, the others of the night go on
                     print(f"FAILED {task.label}: {type(error).__name__} {str(error).splitlines()[:1]}", flush=True)
                     continue
                 results.add(task, result)
@@ -174,7 +174,8 @@ def _timed(task: Task, isolated: bool) -> tuple[dict[str, Any], float]:
     t0 = time.perf_counter()
     if isolated:
         return in_child(task.work), time.perf_counter() - t0
-    torch.compiler.reset()  # many models in one process would use up the compiler's cache and fall back to eager
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
+        torch.compiler.reset()  # many models in one process would use up the compiler's cache and fall back to eager
     return task.work(), time.perf_counter() - t0
 
 

@@ -201,9 +201,10 @@ def answers(cfg: TimeToBpbConfig, records: list[dict[str, Any]]) -> list[dict[st
 
 def run(cfg: TimeToBpbConfig) -> dict[str, Any]:
     seeds = numbers("seeds", cfg.seeds)
-    num_rows = cfg.steps * (cfg.tokens_per_step // cfg.sequence_len)
+    plan = Plan(cfg.steps, cfg.tokens_per_step, cfg.sequence_len, cfg.device_batch_size)
+    plan.check()
     wanted = cells(cfg)
-    text = Text.open(cfg.data, cfg.vocab_size, cfg.sequence_len, max(1, num_rows), cfg.val_documents)
+    text = Text.open(cfg.data, cfg.vocab_size, cfg.sequence_len, plan.num_rows, cfg.val_documents)
     tasks = {(cell, seed): task_of(cfg, text, cell, seed) for seed in seeds for cell in wanted}
     results = Results(Path(cfg.results) if cfg.results else default_results("time_to_bpb"))
     left = run_all(list(tasks.values()), results, jobs=int(cfg.isolate), time_limit=cfg.time_limit, fresh=cfg.fresh)

@@ -60,8 +60,8 @@ def stream(built: Built, vocab_size: int, data: str | None) -> Iterator[Batch]:
     if data is not None:
         source = open_source(data)
         tokenizer = common.tokenizer_for(source, vocab_size)
-        sizes = {"batch_size": plan.device_batch_size, "sequence_len": plan.sequence_len}
-        yield from PackingLoader(source, "train", tokenizer, **sizes, device=device)
+        rows, T = plan.device_batch_size, plan.sequence_len
+        yield from PackingLoader(source, "train", tokenizer, batch_size=rows, sequence_len=T, device=device)
     shape = (4, plan.device_batch_size, plan.sequence_len + 1)
     ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
     yield from itertools.cycle([(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in ids])

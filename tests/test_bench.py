@@ -49,7 +49,7 @@ TINY = {"aspect_ratio": 16, "head_dim": 8}
     [(12.7062, 1, 0.05), (4.3027, 2, 0.05), (2.7764, 4, 0.05), (5.8409, 3, 0.01), (2.2281, 10, 0.05), (0, 7, 1)],
 )
 def test_t_distribution_agrees_with_the_printed_tables(t, df, p):
-    assert t_two_sided(t, df) == pytest.approx(p, abs=2e-6)
+    assert t_two_sided(t, df) == pytest.approx(p, abs=1e-5)
     assert t_two_sided(-t, df) == t_two_sided(t, df)
 
 
@@ -268,7 +268,7 @@ def test_a_run_that_diverges_is_a_result_and_no_crash():
     [
         (Setting(2, "plan"), "use one of plain, modern"),
         (Setting(2, "plain", 0, {"matrix_rl": 0.1}), "the nearest is 'matrix_lr'"),
-        (Setting(3, "plain", 0, {"aspect_ratio": 50, "head_dim": 64}), "--depth 3"),
+        (Setting(3, "plain", 0, {"aspect_ratio": 25, "head_dim": 64}), "--depth 3"),
     ],
 )
 def test_a_wrong_setting_is_one_line(setting, message):
