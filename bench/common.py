@@ -195,8 +195,11 @@ def machine(plan: Plan) -> str:
     """What times depend on, in words: a result of another machine is another result."""
     if plan.device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"{plan.threads} of {cores()} cores of {names[0] if names else 'a CPU'}, torch {torch.__version__}"
+    facts = dict(line.split(":", 1) for line in _cpuinfo() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    # the number too: two generations of servers may share a name
+    name = f"{facts.get('model name', 'a CPU')} (family {facts.get('cpu family')}, model {facts.get('model')})"
+    return f"{plan.threads} of {cores()} cores of {name}, torch {torch.__version__}"
 
 
 def _cpuinfo() -> list[str]:
