@@ -98,10 +98,13 @@ def text_check(at: Path, total_batch_size: int) -> tuple:
     return cfg, base_train.open_source(cfg.dataset), base_train.get_tokenizer(), 1
 
 
-def test_a_folder_of_less_than_one_pass_needs_more_text(at, capsys):
-    flags = [*SIZES, f"--dataset={at / 'notes'}", "--num_iterations=1", "--max_seq_len=65536"]
-    error = refusal([*flags, "--device_batch_size=2", "--total_batch_size=131072"], capsys)
-    assert error.endswith("try a smaller --max_seq_len or --device_batch_size, or add text")
+def test_a_folder_of_less_than_one_pass_is_refused_with_fewer_rows_and_of_less_than_a_row_with_shorter_ones(at, capsys):
+    flags = [*SIZES, f"--dataset={at / 'notes'}", "--num_iterations=1"]
+    error = refusal([*flags, "--device_batch_size=2048", "--total_batch_size=131072"], capsys)
+    found = re.search(r"try --total_batch_size=(\d+) --device_batch_size=(\d+)$", error)
+    assert found is not None and int(found[1]) == 64 * int(found[2]) < 131_072
+    error = refusal([*flags, "--max_seq_len=65536", "--device_batch_size=2", "--total_batch_size=131072"], capsys)
+    assert error.endswith("try a smaller --max_seq_len, or add text")
 
 
 def test_without_a_device_batch_a_run_takes_what_fits_and_reports_every_decision(at, capsys):
@@ -115,7 +118,8 @@ def test_without_a_device_batch_a_run_takes_what_fits_and_reports_every_decision
 
 
 def test_modern_trains_with_the_batch_and_rates_of_its_depth(at, capsys):
-    base_train.main([*SIZES, f"--dataset={at / 'notes'}", "--arch=modern", "--num_iterations=1", "--model_tag=m"])
+    flags = [*SIZES, f"--dataset={at / 'notes'}", "--arch=modern", "--num_iterations=1", "--model_tag=m"]
+    base_train.main([*flags, "--target_param_data_ratio=0.05"])
     section = (at / "report" / "base-model-training.md").read_text()
     (batch,) = re.findall(r"- total_batch_size: ([\d,]+)\n", section)
     (rate,) = re.findall(r"- matrix_lr: ([\d.]+)\n", section)
