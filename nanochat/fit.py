@@ -46,15 +46,17 @@ def find_rows(
     pass_tokens = math.inf if is_gpu else scaling.CPU_PASS_TOKENS
     ways = (True,) if recompute else (False, True) if hasattr(GPT, "recompute") else (False,)
     shape, value_bytes = config.shape, rt.dtype.itemsize
+    is_trusted = not is_gpu  # the estimate, until a pass runs out of memory
     for n, again in scaling.fitting_rows(shape, rows, rt.world_size, budget, ways, value_bytes, pass_tokens):
         estimate = scaling.memory_bytes(shape, n, rt.world_size, again, value_bytes=value_bytes)
-        is_sure = not is_gpu and estimate < SURE_SHARE * available
+        is_sure = is_trusted and estimate < SURE_SHARE * available
         if is_sure or probe(config, rt, n, again, compile):
             how = f"{n} rows, recomputing activations" if again else f"{n} rows"
             tried = "" if is_sure else ", tried"
             gib = f"{estimate / 2**30:.1f} GiB expected of the {available / 2**30:.1f} that are free{tried}"
             print0(f"Device batch: {how}: {gib}")
             return n, again
+        is_trusted = False
     way_out = scaling.smaller(shape, rt.world_size, budget, ways, value_bytes)
     raise InputError(
         f"not one row of {config.sequence_len} tokens of --depth {config.n_layer} fits the {available / 2**30:.1f} GiB "

@@ -159,9 +159,14 @@ def check_text(cfg: Decided, source: Source, tokenizer: Tokenizer, world_size: i
             num_tokens += len(ids) + 1  # and BOS
         if num_tokens >= cfg.total_batch_size:
             return
-    one_pass = cfg.device_batch_size * cfg.max_seq_len * world_size
-    fewer = num_tokens // one_pass * one_pass
-    way_out = f"--total_batch_size={fewer}" if fewer else "a smaller --max_seq_len or --device_batch_size, or add text"
+    row = cfg.max_seq_len * world_size  # one on each rank
+    one_pass = cfg.device_batch_size * row
+    way_out = "a smaller --max_seq_len, or add text"
+    if num_tokens >= one_pass:
+        way_out = f"--total_batch_size={num_tokens // one_pass * one_pass}"
+    elif num_tokens >= row:
+        rows = num_tokens // row
+        way_out = f"--total_batch_size={rows * row} --device_batch_size={rows}"
     raise InputError(
         f"--dataset {cfg.dataset} has {num_tokens:,} tokens to train on, fewer than the {cfg.total_batch_size:,} of "
         f"one step; try {way_out}"

@@ -36,7 +36,7 @@ def test_with_memory_to_spare_all_rows_go_in_one_pass_without_a_probe(monkeypatc
 
 
 def test_a_tight_fit_is_tried_and_halved_until_a_pass_goes_through(monkeypatch):
-    with_memory(monkeypatch, needs(24)
+    with_memory(monkeypatch, needs(24))
     tried = []
 
     def pass_of(config, rt, rows, recompute, compile):
