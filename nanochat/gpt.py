@@ -68,7 +68,7 @@ class GPTConfig:
         return ROPE_SPAN * self.sequence_len
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "extras": list(self.extras or ())}
 
     @cached_property
     def shape(self) -> Shape:

@@ -45,8 +45,9 @@ PLAIN = Settings(2**19, 20, 0.2, 0.004, 0.02, 0.0, 1.0, 0.0, 0.2, 0.0)  # the re
 MODERN = Settings(2**19, 12.0, 0.2, 0.004, 0.02, 0.0, 0.0, 0.0, 0.6, 0.0)
 REFERENCE_DEPTH = 12
 BATCH_EXPONENT = 0.383  # B ~ D^0.383 (Bergsma et al. 2025, arXiv 2505.13738: the critical batch grows with the data)
-# Rates ~ (steps of the reference / steps)^0.5: 0.02 is the matrices' best of the public recipe at depth 12 and 2,520
-# steps, 0.12 to 0.16 ours in 61 steps (docs/EXPERIMENTS.md). Shorter runs than the second are beyond the rule.
+# Rates ~ sqrt(B) (Malladi et al. 2022, arXiv 2205.10287; public runs up to depth 26), and of runs with less data than
+# the reference's ~ D^-0.5 too: the matrices' best is 0.02 in 2,520 steps there and 0.12 to 0.16 in 61 steps of 16,384
+# tokens (docs/EXPERIMENTS.md). Still shorter runs are beyond the rule.
 LR_EXPONENT, LR_MOST = 0.5, 6.5
 WINDOW_PARTS, WINDOW_MULTIPLE = 4, 128  # a short window: T/4, rounded up to what attention kernels take at once
 
@@ -55,10 +56,10 @@ WINDOW_PARTS, WINDOW_MULTIPLE = 4, 128  # a short window: T/4, rounded up to wha
 # of 2,048 tokens a GPU). What autograd keeps of ours, counted: 17 to 19 (bf16 and fp32, not compiled, any depth).
 ACTIVATION_VALUES = 19.3
 WHOLE_LOGIT_BYTES = 2.05  # of those runs, which held all logits at once
-# Our loss holds the logits of a chunk: fp32 logits, capped logits, softmax, gradient. Measured, in fp32 and bf16: 16
-# bytes a logit of a loss in one piece, 21 of one in chunks.
-LOGITS_AT_ONCE = 1 << 28
-LOGIT_BYTES = 21.0
+# Our loss holds the logits of a chunk: as the head gives them, sigmoids, exponentials, gradient (fp32, and one in the
+# compute dtype).
+LOGITS_AT_ONCE = 1 << 27
+LOGIT_BYTES = 16.0
 
 # Of the free memory, what training is planned to take. The rest is for what the memory model does not know: workspaces,
 # fragments, evaluations. On a CPU other programs want some, and the kernel kills who takes too much: no error comes.
@@ -234,9 +235,9 @@ def settings(
     with this vocabulary and context,
 
         B = B_ref * (D/D_ref)^0.383, rounded to what the ranks can share;
-        learning rates * sqrt(S_ref/S), S = D/B being the steps (LR_EXPONENT);
-        weight decay likewise: then the steps over which it forgets stay the same part of a run (Wang & Aitchison
-        2024, arXiv 2405.13698).
+        learning rates * sqrt(B/B_ref), and of a run with less data than D_ref * sqrt(D_ref/D) as well;
+        weight decay * sqrt(B/B_ref) * D_ref/D: then the steps over which it forgets stay the same part of a run
+        (Wang & Aitchison 2024, arXiv 2405.13698); with less data than D_ref there is none.
 
     Args:
         rows: a rank takes at once, where that is decided already.
@@ -259,9 +260,11 @@ def settings(
     if batch is None:
         ideal = MODERN.total_batch_size * (tokens / reference) ** BATCH_EXPONENT
         batch = shared_batch(ideal, tokens, (rows or 1) * shape.sequence_len * world_size)
-    steps = max(iterations or tokens / batch, 1)
-    scale = min(LR_MOST, (reference / MODERN.total_batch_size / steps) ** LR_EXPONENT)
-    auto = {name: getattr(MODERN, name) * scale for name in (*RATES, "weight_decay")}
+    tokens = batch * iterations if iterations else max(tokens, batch)
+    scale = (batch / MODERN.total_batch_size) ** 0.5
+    rates_scale = min(LR_MOST, scale * max(1.0, reference / tokens) ** LR_EXPONENT)
+    auto = {name: getattr(MODERN, name) * rates_scale for name in RATES}
+    auto["weight_decay"] = MODERN.weight_decay * scale * reference / tokens if tokens >= reference else 0.0
     sizes = {"total_batch_size": batch, "target_param_data_ratio": ratio}
     return Settings(**{**asdict(MODERN), **auto, **sizes, **flags})
 
