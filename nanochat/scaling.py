@@ -45,10 +45,11 @@ PLAIN = Settings(2**19, 20, 0.2, 0.004, 0.02, 0.0, 1.0, 0.0, 0.2, 0.0)  # the re
 MODERN = Settings(2**19, 12.0, 0.2, 0.004, 0.02, 0.0, 0.0, 0.0, 0.6, 0.0)
 REFERENCE_DEPTH = 12
 BATCH_EXPONENT = 0.383  # B ~ D^0.383 (Bergsma et al. 2025, arXiv 2505.13738: the critical batch grows with the data)
-# Rates ~ sqrt(B) (Malladi et al. 2022, arXiv 2205.10287; public runs up to depth 26), and of runs with less data than
-# the reference's ~ D^-0.5 too: the matrices' best is 0.02 in 2,520 steps there and 0.12 to 0.16 in 61 steps of 16,384
-# tokens (docs/EXPERIMENTS.md). Still shorter runs are beyond the rule.
-LR_EXPONENT, LR_MOST = 0.5, 6.5
+# Rates ~ sqrt(B) (Malladi et al. 2022, arXiv 2205.10287; public runs up to depth 26), and in runs with less data than
+# the reference's ~ D^-x as well: x fitted to depth 4 in 61 steps of 16,384 tokens, where 0.12 to 0.16 was best for the
+# matrices and two to three times the reference's rates for tables and head (docs/EXPERIMENTS.md).
+SHORTAGE_EXPONENTS = {"matrix_lr": 0.5, "embedding_lr": 0.37, "unembedding_lr": 0.37}
+LR_MOST = 6.5  # times the reference's: still shorter runs are beyond the rule
 WINDOW_PARTS, WINDOW_MULTIPLE = 4, 128  # a short window: T/4, rounded up to what attention kernels take at once
 
 # Values kept for the backward pass per token, layer and channel: fitted, with the logits below, to the peak memory
@@ -235,7 +236,7 @@ def settings(
     with this vocabulary and context,
 
         B = B_ref * (D/D_ref)^0.383, rounded to what the ranks can share;
-        learning rates * sqrt(B/B_ref), and of a run with less data than D_ref * sqrt(D_ref/D) as well;
+        learning rates * sqrt(B/B_ref), and of a run with less data than D_ref * (D_ref/D)^x (SHORTAGE_EXPONENTS);
         weight decay * sqrt(B/B_ref) * D_ref/D: then the steps over which it forgets stay the same part of a run
         (Wang & Aitchison 2024, arXiv 2405.13698); with less data than D_ref there is none.
 
@@ -262,8 +263,11 @@ def settings(
         batch = shared_batch(ideal, tokens, (rows or 1) * shape.sequence_len * world_size)
     tokens = batch * iterations if iterations else max(tokens, batch)
     scale = (batch / MODERN.total_batch_size) ** 0.5
-    rates_scale = min(LR_MOST, scale * max(1.0, reference / tokens) ** LR_EXPONENT)
-    auto = {name: getattr(MODERN, name) * rates_scale for name in RATES}
+    shortage = max(1.0, reference / tokens)
+    auto = {
+        name: getattr(MODERN, name) * min(LR_MOST, scale * shortage**exponent)
+        for name, exponent in SHORTAGE_EXPONENTS.items()
+    }
     auto["weight_decay"] = MODERN.weight_decay * scale * reference / tokens if tokens >= reference else 0.0
     sizes = {"total_batch_size": batch, "target_param_data_ratio": ratio}
     return Settings(**{**asdict(MODERN), **auto, **sizes, **flags})

@@ -278,10 +278,9 @@ def test_modern_batch_rates_and_decay_follow_the_tokens_to_see(depth, batch):
     assert found.total_batch_size == batch == pytest.approx(2**19 * times**0.383, rel=1 / 8)
     scale = (batch / 2**19) ** 0.5
     decay = 0.1 * scale / times if times > 1 else 0
-    scale *= max(1, times**-0.5)
-    assert found.matrix_lr == pytest.approx(base.matrix_lr * scale)
-    assert found.embedding_lr == pytest.approx(base.embedding_lr * scale)
-    assert found.unembedding_lr == pytest.approx(base.unembedding_lr * scale)
+    assert found.matrix_lr == pytest.approx(base.matrix_lr * scale * max(1, times**-0.5))
+    assert found.embedding_lr == pytest.approx(base.embedding_lr * scale * max(1, times**-0.37))
+    assert found.unembedding_lr == pytest.approx(base.unembedding_lr * scale * max(1, times**-0.37))
     assert found.weight_decay == pytest.approx(decay)
 
 
