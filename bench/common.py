@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bench.results import Task, words
-from nanochat import checkpoint, gpt, runtime, scaling
+from nanochat import checkpoint, fp8, runtime, scaling
 from nanochat.config import InputError
 from nanochat.data.loader import PackingLoader
 from nanochat.data.sources import Source, open_source
@@ -70,19 +70,14 @@ def flops_per_token(config: GPTConfig) -> float:
     return config.shape.flops_per_token
 
 
-def has_fp8() -> bool:
-    return hasattr(gpt, "use_fp8")
-
-
 def use_fp8(model: GPT) -> None:
     """Turn the matrix products of a model to fp8.
 
     Raises:
         InputError: the model or the machine cannot.
     """
-    if not has_fp8():
-        raise InputError("dtype fp8: this model has no fp8 matrix products; use bfloat16")
-    gpt.use_fp8(model)  # type: ignore[attr-defined]
+    if not fp8.convert_to_fp8(model):
+        raise InputError(f"dtype fp8: no layer is {fp8.MIN_WIDTH} wide; use bfloat16")
 
 
 def resolve(

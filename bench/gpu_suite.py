@@ -12,6 +12,7 @@ bf16 and fp8), loader (its rate against what the model takes), time (to bpb: mod
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,11 +28,11 @@ from bench.ablate import AblateConfig
 from bench.common import Plan, Setting, Text
 from bench.results import Results, Task, default_results, finish, run_all, table, words
 from bench.time_to_bpb import TimeToBpbConfig
-from nanochat import attention
+from nanochat import attention, fp8
 from nanochat.config import InputError, flag, run_cli
 from nanochat.data.loader import PackingLoader
 from nanochat.data.sources import Source, open_source
-from nanochat.gpt import ARCHS
+from nanochat.scaling import ARCHS
 from nanochat.tokenizer import Tokenizer
 
 PIECES = ("kernels", "speed", "loader", "time", "ablate")
@@ -119,7 +120,7 @@ def check_model(arch: str, device: str, dtype: str, sizes: tuple[int, int, int, 
     ids = torch.randint(vocab_size, (2, T + 1), generator=torch.Generator().manual_seed(1)).to(device)
     outcome = []
     for is_exact in (False, True):
-        built = common.Built(setting, plan, vocab_size)
+        built = common.Built(setting, dataclasses.replace(plan, dtype="float32") if is_exact else plan, vocab_size)
         generator = torch.Generator(device).manual_seed(2)
         with torch.no_grad():
             for p in built.model.parameters():  # zeros at the start would leave most gradients zero
@@ -136,9 +137,9 @@ def check_model(arch: str, device: str, dtype: str, sizes: tuple[int, int, int, 
 
 def kernel_tasks(cfg: SuiteConfig) -> list[Task]:
     device = "cpu" if cfg.tiny else "cuda"
-    T, D, sizes = (32, 16, (2, 64, 128, 32)) if cfg.tiny else (2048, 128, (4, 512, 8192, 1024))
+    T, D, sizes = (32, 16, (2, 64, 128, 32)) if cfg.tiny else (2048, 128, (2, fp8.MIN_WIDTH, 8192, 1024))
     found = []
-    for dtype in ("float32", "bfloat16", *(["fp8"] if common.has_fp8() else [])):
+    for dtype in ("float32", "bfloat16", *([] if cfg.tiny else ["fp8"])):
         checks: dict[str, Callable[[], dict[str, Any]]] = {
             f"model {arch}": partial(check_model, arch, device, dtype, sizes) for arch in ARCHS
         }
@@ -158,8 +159,6 @@ def show_kernels(found: list[tuple[Task, dict[str, Any]]]) -> list[dict[str, Any
     ]
     rows = [(r["name"], r["dtype"], f"{r['error']:.1e}", f"{LIMITS[r['dtype']]:.0e}", r["ok"]) for r in records]
     table(["against fp64", "dtype", "relative error", "limit", "ok"], rows)
-    if not common.has_fp8():
-        print("fp8: this model has no fp8 matrix products, not measured")
     return records
 
 
@@ -171,7 +170,7 @@ def speed_tasks(cfg: SuiteConfig) -> list[Task]:
     vocab_size = 256 if cfg.tiny else cfg.vocab_size
     for depth in (1, 2) if cfg.tiny else (12, 20):
         for arch in ARCHS:
-            for dtype in ("bfloat16", *(["fp8"] if common.has_fp8() else [])):
+            for dtype in ("bfloat16", *(["fp8"] if depth >= 20 else [])):
                 plan, side = cfg.plan(depth, dtype), 64 if cfg.tiny else common.MATMUL * 4
                 setting = Setting(depth, arch, 0, {"aspect_ratio": 32, "head_dim": 32} if cfg.tiny else {})
                 config, recipe = common.resolve(

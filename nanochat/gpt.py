@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.attention import cached_attention, causal_attention
 from nanochat.config import InputError
 from nanochat.loss import SoftCap, capped, linear_cross_entropy
-from nanochat.scaling import ARCHS, BIGRAM_ROWS, EXTRAS, GATE_CHANNELS, Shape
+from nanochat.scaling import ARCHS, BIGRAM_ROWS, EXTRAS, GATE_CHANNELS, Shape, windows
 
 LOGIT_CAP = SoftCap(cap=15.0, scale=15.0)
 ROPE_BASE = 10_000.0
@@ -42,6 +42,8 @@ class GPTConfig:
     n_embd: int = 768
     arch: str = "plain"
     extras: tuple[str, ...] | None = None  # None = all of the arch's
+    window_pattern: str = "L"  # see scaling.windows
+    short_window: int | None = None  # of an S layer; None = by sequence_len, and then it stays when that changes
 
     def __post_init__(self) -> None:
         if self.arch not in ARCHS:
@@ -52,6 +54,8 @@ class GPTConfig:
             raise InputError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
         extras = (EXTRAS if self.arch == "modern" else ()) if self.extras is None else tuple(self.extras)
         object.__setattr__(self, "extras", extras)
+        if self.short_window is None:
+            object.__setattr__(self, "short_window", min(windows("SL", 2, self.sequence_len)))
         if unknown := set(extras) - set(EXTRAS):
             raise InputError(f"extras {sorted(unknown)} are not known; use some of {', '.join(EXTRAS)}")
 
@@ -74,7 +78,7 @@ class GPTConfig:
     def shape(self) -> Shape:
         """The sizes as scaling.py counts them."""
         sizes = (self.n_layer, self.n_embd, self.n_head, self.n_kv_head, self.vocab_size, self.sequence_len)
-        return Shape(*sizes, arch=self.arch, extras=self.extras)
+        return Shape(*sizes, self.arch, self.window_pattern, self.short_window, self.extras)
 
 
 class KVCache:
@@ -183,6 +187,9 @@ class Attention(nn.Module):
         self.c_v = Linear(C, config.n_kv_head * D)
         self.c_proj = Linear(C, C)
         self.offsets_keys = config.has("offset_keys")
+        # Earlier positions seen; None = all. Not by sequence_len: a cache may be longer.
+        window = windows(config.window_pattern, config.n_layer, config.max_positions, config.short_window)[layer]
+        self.window = window if window < config.max_positions else None
         if layer in config.shape.value_layers:
             self.value_gate = Linear(min(GATE_CHANNELS, C), config.n_kv_head)
 
@@ -198,10 +205,10 @@ class Attention(nn.Module):
             v = v + gate[..., None] * values.view(v.shape)
         q, k = norm(rotate(q, *rope)), norm(rotate(k, *rope))
         if slots is None:
-            y = causal_attention(q, offset_keys(k) if self.offsets_keys else k, v)
+            y = causal_attention(q, offset_keys(k) if self.offsets_keys else k, v, self.window)
         else:
             k, v = slots.cache.insert(self.layer, k, v, slots.positions, slots.end)
-            y = cached_attention(q, k, v, slots.positions)
+            y = cached_attention(q, k, v, slots.positions, self.window)
         return self.c_proj(y.reshape(B, T, C))
 
 

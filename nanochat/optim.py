@@ -62,7 +62,6 @@ class Group:
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
     weight_decay: float = 0.0
-    cautious: bool = False  # AdamW: decay only where the update shrinks the weight too; NorMuon always does
     momentum: float = 0.95
     beta2: float = NORMUON_BETA2
 
@@ -97,7 +96,7 @@ class MuonAdamW:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.step_count = 0
-        self.decay_multiplier = 1.0
+        self.lr_multiplier = 1.0
         shards = [shard for group in self.groups for shard in self._shards(group)]
         # Small stacks first: their reduction ends first, and orthogonalisation covers those of the AdamW tensors. The
         # last gather, which nothing covers, is the smallest.
@@ -131,15 +130,13 @@ class MuonAdamW:
             p.data = view
         return Shard(group, [name for name, _ in named], params, weights, replicated)
 
-    def set_lr(self, multiplier: float, momentum: float | None = None, decay_multiplier: float | None = None) -> None:
-        """lr = initial_lr * multiplier in all groups; the momentum of the Muon groups; a factor on the weight decay
-        of all groups, on top of the learning rate's."""
+    def set_lr(self, multiplier: float, momentum: float | None = None) -> None:
+        """lr = initial_lr * multiplier in all groups; the momentum of the Muon groups."""
+        self.lr_multiplier = multiplier
         for group in self.groups:
             group.lr = group.initial_lr * multiplier
             if momentum is not None:
                 group.momentum = momentum
-        if decay_multiplier is not None:
-            self.decay_multiplier = decay_multiplier
 
     @torch.no_grad()
     def step(self, grad_clip: float | None = None) -> Tensor:
@@ -168,6 +165,8 @@ class MuonAdamW:
         for gather in gathers:
             if gather is not None:
                 gather.wait()
+        # the weights changed behind their views' backs: who caches what follows from them (fp8) must see it
+        torch.autograd.graph.increment_version([p for shard in self.shards for p in shard.params])
         return self._norm(squares) if norm is None else norm
 
     def _square(self, g: Tensor, shard: Shard) -> Tensor:
@@ -222,14 +221,18 @@ class MuonAdamW:
         if not shard.state:
             shard.state = {key: w.new_zeros(shape) for key, shape in state_shapes(shard, w).items()}
         state, number = shard.state, self._number
-        decay = group.lr * group.weight_decay * self.decay_multiplier
+        decay = group.lr * group.weight_decay
         if group.kind == "adamw":
             beta1, beta2 = group.betas
             step_size = group.lr / (1 - beta1**self.step_count)
             root = (1 - beta2**self.step_count) ** -0.5
             hyper = [number(x) for x in (1 - beta1, 1 - beta2, step_size, root, group.eps, decay)]
-            self.adamw(w, g, state["exp_avg"], state["exp_avg_sq"], hyper, group.cautious)
+            self.adamw(w, g, state["exp_avg"], state["exp_avg_sq"], hyper)
             return
+        if (
+            group.kind == "normuon"
+        ):  # falls with the square of the learning rate, to leave the end of a run to the updates
+            decay *= self.lr_multiplier
         scale = shape_factor(*w.shape[-2:])
         hyper = [number(x) for x in (group.lr * scale, group.momentum, 1 - group.beta2, decay * scale)]
         if group.kind == "muon":
@@ -297,7 +300,7 @@ def state_shapes(shard: Shard, w: Tensor) -> dict[str, tuple[int, ...]]:
 # Updates, in place: w weights, g gradient (overwritten) -------------------------------------------
 
 
-def adamw_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Sequence[Number], cautious: bool) -> None:
+def adamw_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Sequence[Number]) -> None:
     """Adam with decoupled decay (Loshchilov & Hutter 2019, arXiv 1711.05101). All tensors of one shape.
 
     hyper: 1 - beta1; 1 - beta2; lr / (1 - beta1^t); (1 - beta2^t)^-0.5; epsilon; lr * weight_decay.
@@ -306,11 +309,7 @@ def adamw_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Sequence[Number], 
     m.lerp_(g, rate1)
     v.lerp_(g.square_(), rate2)
     update = m / v.sqrt().mul_(root).add_(eps)
-    if cautious:
-        w.sub_(cautious_decay(w, update) * decay)
-    else:
-        w.mul_(1 - decay)
-    w.sub_(update.mul_(step_size))
+    w.mul_(1 - decay).sub_(update.mul_(step_size))
 
 
 def muon_(w: Tensor, g: Tensor, m: Tensor, hyper: Sequence[Number], dtype: torch.dtype) -> None:

@@ -41,8 +41,9 @@ RATES = ("embedding_lr", "unembedding_lr", "matrix_lr")
 
 PLAIN = Settings(2**19, 20, 0.2, 0.004, 0.02, 0.0, 1.0, 0.0, 0.2, 0.0)  # the reference's, at any depth
 
-# `modern`: the values at the reference depth, and how they move from there. Runs of runs/scaling_laws.sh re-fit them.
-MODERN = Settings(2**19, 12.0, 0.2, 0.004, 0.02, 0.0, 0.0, 0.0, 0.6, 0.0)
+# `modern`: the values at the reference depth, those of the public recipe (batch, ratio, matrices' rate, decay), and how
+# they move from there. Runs of runs/scaling_laws.sh re-fit them.
+MODERN = Settings(2**19, 12.0, 0.2, 0.004, 0.02, 0.28, 0.0, 0.0, 0.6, 0.0)
 REFERENCE_DEPTH = 12
 BATCH_EXPONENT = 0.383  # B ~ D^0.383 (Bergsma et al. 2025, arXiv 2505.13738: the critical batch grows with the data)
 # Rates ~ sqrt(B) (Malladi et al. 2022, arXiv 2205.10287; public runs up to depth 26), and in runs with less data than
@@ -91,6 +92,7 @@ class Shape:
     sequence_len: int
     arch: str = "plain"
     window_pattern: str = "L"  # see windows()
+    short_window: int | None = None
     extras: tuple[str, ...] | None = None  # None = all of the arch's
 
     def has(self, extra: str) -> bool:
@@ -150,7 +152,7 @@ class Shape:
     def flops_per_token(self) -> int:
         """Training FLOPs: 6 per weight that multiplies, and 12*d*S for the attention scores and values of a layer
         with S visible positions (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
-        visible = sum(windows(self.window_pattern, self.n_layer, self.sequence_len))
+        visible = sum(windows(self.window_pattern, self.n_layer, self.sequence_len, self.short_window))
         return 6 * self.num_scaling_params + 12 * self.n_embd * visible
 
 
@@ -200,11 +202,12 @@ def _nearest_that_divides(depth: int, aspect_ratio: int, head_dim: int) -> str:
     raise AssertionError("one of two neighbouring depths is even, and its width has heads of 2")
 
 
-def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
+def windows(pattern: str, n_layer: int, sequence_len: int, short: int | None = None) -> tuple[int, ...]:
     """Positions that each layer's attention sees, from a pattern of letters that is repeated over the layers.
 
-    L sees the whole context, S a quarter of it, rounded up to a multiple of 128; a short window that would be longer
-    than the context is the whole context. The last layer is L whatever the pattern says.
+    L sees the whole context, S `short` positions (None = a quarter of the context, rounded up to a multiple of 128); a
+    short window that would be longer than the context is the whole context. The last layer is L whatever the pattern
+    says.
 
     Raises:
         InputError: another letter, or none.
@@ -216,7 +219,8 @@ def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
             f"--window_pattern {pattern!r} must be letters S (short window) and L (all of the context); try "
             f"--window_pattern={near}"
         )
-    short = math.ceil(sequence_len / WINDOW_PARTS / WINDOW_MULTIPLE) * WINDOW_MULTIPLE
+    if short is None:
+        short = math.ceil(sequence_len / WINDOW_PARTS / WINDOW_MULTIPLE) * WINDOW_MULTIPLE
     sizes = {"S": min(short, sequence_len), "L": sequence_len}
     layers = [sizes[letters[i % len(letters)]] for i in range(n_layer - 1)]
     return (*layers, sequence_len)

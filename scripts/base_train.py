@@ -24,6 +24,7 @@ from nanochat.evals.bundle import open_bundle
 from nanochat.evals.core import evaluate_core
 from nanochat.evals.samples import sample_texts
 from nanochat.fit import find_rows, set_recompute
+from nanochat.fp8 import convert_to_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.optim import build_optimizer
 from nanochat.plan import h100s, plan_lines, this_cpu
@@ -74,6 +75,10 @@ class BaseTrainConfig:
     final_lr_frac: float | None = flag(None, "where it ends; -1 = auto: 0", off=-1, new=True)
     dataset: str = flag("climbmix", "climbmix, fineweb-edu, tinyworld, or a folder of text", new=True)
     arch: str = flag("plain", "the model's architecture", choices=scaling.ARCHS, new=True)
+    window_pattern: str = flag(
+        "L", "S(hort) and L(ong) attention windows, over and over; the last layer's is long", new=True
+    )
+    fp8: bool = flag(False, "matrix products of wide layers in fp8 (Hopper and newer)", new=True)
     aspect_ratio: int = flag(scaling.ASPECT_RATIO, "width per layer", new=True)
     head_dim: int = flag(scaling.HEAD_DIM, "size of an attention head", new=True)
     save_every: int | None = flag(None, "steps between checkpoints; -1 = only the last", off=-1, new=True)
@@ -111,7 +116,8 @@ Decided = Any  # a BaseTrainConfig with nothing left open; its types say that No
 
 
 def shape_of(cfg: BaseTrainConfig, vocab_size: int) -> scaling.Shape:
-    return scaling.shape_from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, cfg.head_dim, cfg.arch)
+    shape = scaling.shape_from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, cfg.head_dim, cfg.arch)
+    return replace(shape, window_pattern=cfg.window_pattern)
 
 
 def model_config(cfg: BaseTrainConfig, shape: scaling.Shape) -> GPTConfig:
@@ -123,6 +129,7 @@ def model_config(cfg: BaseTrainConfig, shape: scaling.Shape) -> GPTConfig:
         shape.n_kv_head,
         shape.n_embd,
         cfg.arch,
+        window_pattern=cfg.window_pattern,
     )
 
 
@@ -184,6 +191,8 @@ def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
     check_text(cfg, source, tokenizer, rt.world_size)
     model = checkpoint.build_model(config, rt)
     set_recompute(model, cfg.recompute)
+    if cfg.fp8:
+        print0(f"fp8: the matrix products of {convert_to_fp8(model)} layers, bf16 for the rest")
     optimizer = build_optimizer(
         model,
         unembedding_lr=cfg.unembedding_lr,
@@ -336,6 +345,8 @@ def run(cfg: BaseTrainConfig) -> LoopState | None:
         plan(cfg)
         return None
     rt = runtime.start(cfg.device_type, cfg.seed)
+    if cfg.fp8:
+        runtime.require_fp8(rt)
     whole = decided(cfg, rt)
     trainer, facts = build(whole, rt)
     results: dict[str, Any] = {}

@@ -37,14 +37,10 @@ def tensors(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
 def make(
     weight_decay: float = 0.1, matrices: str = "muon", **options: Any
 ) -> tuple[dict[str, nn.Parameter], MuonAdamW]:
-    """Matrices by Muon, or by NorMuon with AdamW's decay cautious as well."""
     params = {name: nn.Parameter(value) for name, value in tensors(seed=0).items()}
-    cautious = matrices == "normuon"
 
     def group(kind: str, *names: str) -> Group:
-        return Group(
-            kind, list(names), [params[n] for n in names], 0.02, 0.02, weight_decay=weight_decay, cautious=cautious
-        )
+        return Group(kind, list(names), [params[n] for n in names], 0.02, 0.02, weight_decay=weight_decay)
 
     groups = [group("adamw", *ADAMW_SHAPES), group(matrices, "wide0", "wide1", "wide2"), group(matrices, "tall")]
     return params, MuonAdamW(groups, **options)
@@ -63,12 +59,12 @@ def take(
     grads: Callable[[int], dict[str, Tensor]],
     clip: float | None = None,
 ) -> list[float]:
-    """Steps with learning rate, momentum and decay on the move; the gradient norms."""
+    """Steps with learning rate and momentum on the move; the gradient norms."""
     norms = []
     for step in steps:
         for name, grad in grads(step).items():
             params[name].grad = grad
-        optimizer.set_lr(1 / (1 + step), momentum=0.85 + 0.01 * step, decay_multiplier=1 - 0.1 * step)
+        optimizer.set_lr(1 / (1 + step), momentum=0.85 + 0.01 * step)
         norms.append(optimizer.step(clip).item())
     return norms
 
@@ -303,7 +299,7 @@ def slow_normuon(w: Tensor, grads: list[Tensor]) -> Tensor:
         second = 0.9 * second + 0.1 * o.square().mean(1 if m >= n else 0, keepdim=True)
         even = o / second.sqrt()
         o = even * o.norm() / even.norm()
-        w = w - lr * o - lr * 0.1 * (1 - 0.1 * step) * torch.where(o * w >= 0, w, 0)
+        w = w - lr * o - lr * 0.1 / (1 + step) * torch.where(o * w >= 0, w, 0)
     return w.float()
 
 
@@ -316,17 +312,11 @@ def test_normuon_is_its_plain_twin_in_every_matrix(name):
     torch.testing.assert_close(params[name], expected, rtol=0, atol=3e-6)
 
 
-def test_cautious_adamw_is_its_plain_twin():
+def test_a_step_shows_in_the_version_of_every_parameter():
     params, optimizer = make(matrices="normuon")
-    w = params["odd"].detach().double()
-    m, v = torch.zeros_like(w), torch.zeros_like(w)
-    for step in range(5):
-        g, lr = mean_grads(step)["odd"].double(), 0.02 / (1 + step)
-        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
-        update = m / (1 - 0.8 ** (step + 1)) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-10)
-        w = w - lr * update - lr * 0.1 * (1 - 0.1 * step) * torch.where(update * w >= 0, w, 0)
-    take(params, optimizer, range(5), mean_grads)
-    torch.testing.assert_close(params["odd"], w.float(), rtol=0, atol=1e-6)
+    before = {name: p._version for name, p in params.items()}
+    take(params, optimizer, range(1), mean_grads)
+    assert all(p._version > before[name] for name, p in params.items())
 
 
 def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_raises_nothing():
