@@ -48,7 +48,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     name = backend(q.device, q.dtype, window)
     if name == "blocks":
         groups = q.size(2) // k.size(2)
-        return cpu_attention.causal(q, *(x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v)), window)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+        return cpu_attention.causal(q, k, v, window)
     if name == "flash":
         return _flash(q, k, v, window)
     if name == "cudnn":

@@ -83,10 +83,10 @@ class Float8Linear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         M, K = linear.weight.shape
-        like = {"device": linear.weight.device}
-        self.register_buffer("weight_fp8", torch.empty(M, K, dtype=E4M3, **like), persistent=False)
-        self.register_buffer("weight_fp8_t", torch.empty(K, M, dtype=E4M3, **like), persistent=False)
-        self.register_buffer("weight_scale", torch.empty((), **like), persistent=False)
+        device = linear.weight.device
+        self.register_buffer("weight_fp8", torch.empty(M, K, dtype=E4M3, device=device), persistent=False)
+        self.register_buffer("weight_fp8_t", torch.empty(K, M, dtype=E4M3, device=device), persistent=False)
+        self.register_buffer("weight_scale", torch.empty((), device=device), persistent=False)
         self.version: int | None = None
         self.train(linear.training)
 

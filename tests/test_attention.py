@@ -75,6 +75,14 @@ def test_in_fp64_the_gradients_are_exact():
     assert_as_the_twin(causal_attention, qkv, WINDOW, visible=seen(150, WINDOW), tolerance=1e-12)
 
 
+def test_the_operators_keep_torchs_rules():
+    """Fake outputs as the real ones, no hidden aliasing, autograd registered."""
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    qkv = inputs(9)
+    torch.library.opcheck(cpu_attention._forward, (*qkv, 3), test_utils=tests)
+    torch.library.opcheck(cpu_attention._backward, (*[x.detach() for x in (*qkv, *qkv[:2])], 3), test_utils=tests)
+
+
 def test_few_heads_at_a_time_are_all_heads(monkeypatch):
     monkeypatch.setattr(cpu_attention, "SCORES_BYTES", 0)
     assert_as_the_twin(causal_attention, inputs(150), None, visible=seen(150, None), tolerance=1e-5)

@@ -93,15 +93,24 @@ def test_the_sum_of_chunks_in_bf16_does_not_stop_growing():
 
 
 def test_a_compiled_caller_gets_the_same():
-    """It breaks the caller's graph, so this is about gradients that cross the break."""
-
     def head(x, weight, targets, cap, reduction):
         return linear_cross_entropy(x * 2, weight, targets, cap, reduction) * 2
 
-    compiled = torch.compile(head, backend="aot_eager")
+    compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
     for reduction in ("sum", "none"):
         got, wanted = (loss_and_grads(f, *case(), SYMMETRIC, reduction) for f in (compiled, head))
         torch.testing.assert_close(got, wanted)
+
+
+def test_the_operators_keep_torchs_rules():
+    """Fake outputs as the real ones, no hidden aliasing, autograd registered."""
+    x, weight, targets = case(torch.bfloat16)
+    cap = list(SYMMETRIC)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(loss._loss_sum, (x, weight, targets, cap, [True, False]), test_utils=tests)
+    torch.library.opcheck(loss._loss_per_row, (x, weight, targets, cap), test_utils=tests)
+    backward = x.detach(), weight.detach(), targets, cap, [True, True], torch.ones(53)
+    torch.library.opcheck(loss._loss_per_row_backward, backward, test_utils=tests)
 
 
 KERNEL_CHECK = """
