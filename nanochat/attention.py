@@ -1,9 +1,6 @@
-"""Which attention runs where, over any device, dtype and window; `describe` names it.
+"""Which attention runs where, by device, dtype and window; `describe` names it. The CPU's own is cpu_attention.py.
 
-On a CPU a window pays through blocks of queries against the keys that they can see: B 4, T 512, H 4, D 64, window 128,
-fp32, forward and backward, one loaded core: 31 ms; SDPA with the mask 54 ms, SDPA without a window 53 ms.
-
-# B rows, T query positions, S key positions, H heads, H_kv key/value heads, D head dim, W window
+# B rows, T query positions, S key positions, H heads, H_kv key/value heads, D head dim
 """
 
 from __future__ import annotations
@@ -18,7 +15,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-MIN_BLOCK = 64  # queries of a block on a CPU: fewer leave the matmuls short
+from nanochat import cpu_attention
+
 # cuDNN before torch's own kernels; torch's default order has it last
 HOPPER_ORDER = [
     SDPBackend.CUDNN_ATTENTION,
@@ -30,7 +28,7 @@ DESCRIPTIONS = {
     "flash": "FlashAttention-3",
     "cudnn": "SDPA, cuDNN first",
     "flex": "FlexAttention",
-    "blocks": "SDPA in blocks of the window",
+    "blocks": "blocks of queries",
     "sdpa": "SDPA",
 }
 
@@ -48,6 +46,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     if window is not None and window >= T - 1:
         window = None
     name = backend(q.device, q.dtype, window)
+    if name == "blocks":
+        groups = q.size(2) // k.size(2)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+        return cpu_attention.causal(q, k, v, window)
     if name == "flash":
         return _flash(q, k, v, window)
     if name == "cudnn":
@@ -57,9 +60,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
         return _sdpa(q, k, v, is_causal=True)
     if name == "flex":
         return _flex(q, k, v, window)
-    if name == "blocks" and T >= 2 * window:
-        return _blocks(q, k, v, window)
-    return _sdpa(q, k, v, mask=_band(T, T, window, q.device))
+    return _sdpa(q, k, v, mask=_band(T, window, q.device))
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
@@ -86,7 +87,7 @@ def describe(device: torch.device, dtype: torch.dtype, window: int | None = None
 def backend(device: torch.device, dtype: torch.dtype, window: int | None) -> str:
     """A key of DESCRIPTIONS."""
     if device.type == "cpu":
-        return "sdpa" if window is None else "blocks"
+        return "blocks"
     if device.type != "cuda":
         return "sdpa"
     is_hopper = torch.cuda.get_device_capability(device)[0] == 9 and dtype in (torch.bfloat16, torch.float16)
@@ -138,26 +139,11 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)  # type: ignore[union-attr]
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """The first W queries see each other; each later block of queries sees its own keys and the W before them, so that
-    T (W + block) scores are computed, not T^2 / 2. Blocks of half a window measured best."""
-    B, T, H, D = q.shape
-    size = max(MIN_BLOCK, window // 2)
-    n = -(-(T - window) // size)
-    pad = (0, 0, 0, 0, 0, window + n * size - T)  # at the end, where no real query looks
-    q, k, v = F.pad(q, pad), F.pad(k, pad), F.pad(v, pad)
-    head = _sdpa(q[:, :window], k[:, :window], v[:, :window], is_causal=True)
-    blocks = [x.unfold(1, window + size, size).movedim(-1, 2).flatten(0, 1) for x in (k, v)]  # (B n, W + size, H_kv, D)
-    k, v = blocks
-    tail = _sdpa(q[:, window:].reshape(B * n, size, H, D), k, v, mask=_band(size, window + size, window, q.device))
-    return torch.cat((head, tail.reshape(B, n * size, H, D)), dim=1)[:, :T]
-
-
-def _band(T: int, S: int, window: int, device: torch.device) -> Tensor:
-    """(T, S) bool, True = seen: the last query is at the last key."""
-    at = torch.arange(S - T, S, device=device)[:, None]
-    keys = torch.arange(S, device=device)
-    return (keys <= at) & (keys >= at - window)
+def _band(T: int, window: int, device: torch.device) -> Tensor:
+    """(T, T) bool, True = seen."""
+    at = torch.arange(T, device=device)
+    distance = at[:, None] - at
+    return (distance >= 0) & (distance <= window)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

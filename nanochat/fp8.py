@@ -1,12 +1,12 @@
 """fp8 matmuls for the Linear layers of a training run (Micikevicius et al. 2022, arXiv 2209.05433).
 
 Tensorwise dynamic scaling: a tensor is stored as x * scale with scale = fp8_max / max|x|. Forward multiplies e4m3 by
-e4m3 with fast accumulation; backward multiplies the gradient in e5m2, which has the range, by the same e4m3 tensors with
-exact accumulation. Weights stay fp32 and are the ones the optimizer knows; their fp8 copies live until it changes them.
-Where no gradient is wanted (evaluation, sampling) a layer is the plain Linear.
+e4m3 with fast accumulation; backward multiplies the gradient in e5m2, which has the range, by the same e4m3 tensors
+with exact accumulation. Weights stay fp32 and are the ones the optimizer knows; their fp8 copies live until it changes
+them. Where no gradient is wanted (evaluation, sampling) a layer is the plain Linear.
 
-Not for everything: below a width of about 1,280 the casts cost more than the matmuls save (reported for 8xH100: depth 12
-slower, depth 26 17% more tokens/s).
+Not for everything: below a width of about 1,280 the casts cost more than the matmuls save (reported for 8xH100:
+depth 12 slower, depth 26 17% more tokens/s; not measured here).
 
 # N rows, K in_features, M out_features
 """
@@ -83,10 +83,10 @@ class Float8Linear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         M, K = linear.weight.shape
-        like = {"device": linear.weight.device}
-        self.register_buffer("weight_fp8", torch.empty(M, K, dtype=E4M3, **like), persistent=False)
-        self.register_buffer("weight_fp8_t", torch.empty(K, M, dtype=E4M3, **like), persistent=False)
-        self.register_buffer("weight_scale", torch.empty((), **like), persistent=False)
+        device = linear.weight.device
+        self.register_buffer("weight_fp8", torch.empty(M, K, dtype=E4M3, device=device), persistent=False)
+        self.register_buffer("weight_fp8_t", torch.empty(K, M, dtype=E4M3, device=device), persistent=False)
+        self.register_buffer("weight_scale", torch.empty((), device=device), persistent=False)
         self.version: int | None = None
         self.train(linear.training)
 

@@ -19,7 +19,7 @@ def everything(name, linear):
 
 def two_layers():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(128, 256, bias=False), nn.ReLU(), nn.Linear(256, 128, bias=False))
+    return nn.Sequential(nn.Linear(128, 256, bias=False), nn.Tanh(), nn.Linear(256, 128, bias=False))
 
 
 def relative_error(got, wanted):
@@ -41,21 +41,32 @@ def test_zeros_stay_zeros():
     assert not x8.float().any() and scale.isfinite()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_output_and_gradients_are_those_of_fp32_but_for_the_rounding(dtype):
-    plain = two_layers()
-    rounded = copy.deepcopy(plain)
-    assert convert_to_fp8(rounded, everything) == 2
-    x = torch.randn(4, 8, 128)
-    results = []
-    for model, start in ((plain, x), (rounded, x.to(dtype))):
-        start = start.clone().requires_grad_()
-        y = model(start)
-        (y.float() * torch.linspace(-1, 1, 128)).sum().backward()
-        results.append([y, start.grad, *(p.grad for p in model.parameters())])
-    assert [t.dtype for t in results[1]] == [dtype, dtype, torch.float32, torch.float32]
-    errors = [relative_error(got.float(), wanted) for wanted, got in zip(*results, strict=True)]
-    assert max(errors) < 0.08 and min(errors) > 0.005  # close, and not by having done it in fp32
+def rounded(x, dtype):
+    x8, scale = quantize(x, dtype)
+    return x8.float() * scale
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_forward_multiplies_in_e4m3_and_backward_the_gradient_in_e5m2(dtype, tolerance):
+    """Equal to matmuls of the rounded tensors, and a few percent (the rounding) from those of the given ones."""
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 256, bias=False)
+    layer = Float8Linear(linear)
+    x = torch.randn(4, 8, 128).to(dtype).requires_grad_()
+    dy = torch.randn(4, 8, 256).to(dtype)
+    y = layer(x)
+    y.backward(dy)
+    assert [t.dtype for t in (y, x.grad, layer.weight.grad)] == [dtype, dtype, torch.float32]
+
+    def products(x, w, dy):
+        return x @ w.T, dy @ w, dy.flatten(0, 1).T @ x.flatten(0, 1)
+
+    given = x.detach().float(), linear.weight.detach(), dy.float()
+    formats = torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float8_e5m2
+    of_rounded = products(*(rounded(t, format) for t, format in zip(given, formats, strict=True)))
+    for got, exact, near in zip((y, x.grad, linear.weight.grad), of_rounded, products(*given), strict=True):
+        assert relative_error(got.float(), exact) < tolerance
+        assert 0.01 < relative_error(got.float(), near) < 0.1
 
 
 def test_weights_are_shared_and_the_state_dict_is_the_same():
@@ -88,11 +99,11 @@ def test_a_compiled_model_sees_the_weights_that_the_optimizer_wrote():
     convert_to_fp8(model, everything)
     compiled = torch.compile(model, backend="aot_eager")
     x = torch.randn(16, 128)
-    compiled(x).sum().backward()
+    before = compiled(x)
     with torch.no_grad():
         model[0].weight.mul_(2)
     torch.testing.assert_close(compiled(x), model(x))
-    assert relative_error(compiled(x), two_layers()(x) * 2) < 0.08
+    assert relative_error(compiled(x), before) > 0.1
 
 
 def test_evaluation_is_in_full_precision():
