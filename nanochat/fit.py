@@ -10,23 +10,11 @@ from nanochat import runtime, scaling
 from nanochat.checkpoint import build_model
 from nanochat.config import InputError
 from nanochat.environment import print0
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.runtime import Runtime
 from nanochat.trainer import compiled
 
 SURE_SHARE = 0.5  # an estimate below this part of a CPU's free memory is believed without a probe
-
-
-def set_recompute(model: GPT, recompute: bool) -> None:
-    """Have the blocks compute their activations again in the backward pass.
-
-    Raises:
-        InputError: this model cannot.
-    """
-    if hasattr(model, "recompute"):
-        model.recompute = recompute  # type: ignore[assignment]
-    elif recompute:
-        raise InputError(f"--recompute: a model of --arch={model.config.arch} cannot; try --device_batch_size=1")
 
 
 def find_rows(
@@ -44,7 +32,7 @@ def find_rows(
     is_gpu = rt.device.type == "cuda"
     budget = available * (scaling.GPU_SHARE if is_gpu else scaling.CPU_SHARE)
     pass_tokens = math.inf if is_gpu else scaling.CPU_PASS_TOKENS
-    ways = (True,) if recompute else (False, True) if hasattr(GPT, "recompute") else (False,)
+    ways = (True,) if recompute else (False, True)
     shape, value_bytes = config.shape, rt.dtype.itemsize
     is_trusted = not is_gpu  # the estimate, until a pass runs out of memory
     for n, again in scaling.fitting_rows(shape, rows, rt.world_size, budget, ways, value_bytes, pass_tokens):
@@ -81,7 +69,7 @@ def probe(config: GPTConfig, rt: Runtime, rows: int, recompute: bool, compile: b
 def _pass(config: GPTConfig, rt: Runtime, rows: int, recompute: bool, compile: bool | None) -> None:
     with torch.random.fork_rng(devices=[]):  # the run's own weights must not depend on whether there was a probe
         model = build_model(config, rt)
-    set_recompute(model, recompute)
+    model.recompute = recompute
     held = torch.empty(int(scaling.optimizer_bytes(config.shape, rt.world_size)), dtype=torch.uint8, device=rt.device)
     generator = torch.Generator(rt.device).manual_seed(0)
     idx = torch.randint(config.vocab_size, (rows, config.sequence_len), generator=generator, device=rt.device)

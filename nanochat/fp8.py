@@ -20,26 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.config import InputError
-
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MIN_WIDTH = 1280
 ALIGNMENT = 16  # of every dimension, or the hardware refuses
-
-
-def fp8_supported(device: torch.device) -> bool:
-    """Ada (8.9), Hopper (9.0) and newer."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def require_fp8(device: torch.device) -> None:
-    """
-    Raises:
-        InputError: the device does not multiply fp8.
-    """
-    if not fp8_supported(device):
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
-        raise InputError(f"fp8 without the hardware: {name} has no fp8 matmul (Hopper and newer do); use --no-fp8")
 
 
 def is_worth_fp8(name: str, linear: nn.Linear, min_width: int = MIN_WIDTH) -> bool:

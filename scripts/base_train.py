@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nanochat import checkpoint, runtime, scaling
+from nanochat.attention import describe
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.loader import PackingLoader
 from nanochat.data.sources import Source, open_source
@@ -23,7 +24,7 @@ from nanochat.evals.bpb import evaluate_bpb
 from nanochat.evals.bundle import open_bundle
 from nanochat.evals.core import evaluate_core
 from nanochat.evals.samples import sample_texts
-from nanochat.fit import find_rows, set_recompute
+from nanochat.fit import find_rows
 from nanochat.fp8 import convert_to_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.optim import build_optimizer
@@ -190,7 +191,7 @@ def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
     source = open_source(cfg.dataset)
     check_text(cfg, source, tokenizer, rt.world_size)
     model = checkpoint.build_model(config, rt)
-    set_recompute(model, cfg.recompute)
+    model.recompute = cfg.recompute
     if cfg.fp8:
         print0(f"fp8: the matrix products of {convert_to_fp8(model)} layers, bf16 for the rest")
     optimizer = build_optimizer(
@@ -258,6 +259,8 @@ def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
         "final_lr_frac": cfg.final_lr_frac,
     }
     print_sizes(shape, facts, accum, cfg)
+    windows = {block.attn.window for block in model.blocks}
+    print0("Attention: " + "; ".join(sorted({describe(rt.device, rt.dtype, window) for window in windows})))
     return trainer, facts
 
 

@@ -7,9 +7,8 @@ import torch
 
 from nanochat import fit, runtime, scaling
 from nanochat.config import InputError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.runtime import Runtime
-from tests.conftest import tiny_gpt
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 CONFIG = GPTConfig(sequence_len=64, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
@@ -76,14 +75,12 @@ def test_activations_are_recomputed_before_a_model_is_refused(monkeypatch):
     less = scaling.memory_bytes(config.shape, 1, 1, True, value_bytes=4)
     assert less < scaling.memory_bytes(config.shape, 1, 1, value_bytes=4)
     with_memory(monkeypatch, less)
-    monkeypatch.setattr(GPT, "recompute", False, raising=False)
     monkeypatch.setattr(fit, "probe", lambda *args: True)
     assert fit.find_rows(config, CPU, 4) == (1, True)
 
 
 def test_recomputing_that_is_asked_for_is_counted_on(monkeypatch):
     with_memory(monkeypatch, needs(4, recompute=True))
-    monkeypatch.setattr(GPT, "recompute", False, raising=False)
     monkeypatch.setattr(fit, "probe", lambda *args: True)
     assert fit.find_rows(CONFIG, CPU, 8, recompute=True) == (4, True)
 
@@ -92,24 +89,11 @@ def test_a_model_of_which_not_one_row_fits_is_refused_with_one_that_does(monkeyp
     config = GPTConfig(sequence_len=1024, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
     half = GPTConfig(sequence_len=256, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32).shape
     with_memory(monkeypatch, scaling.memory_bytes(half, 1, 1, True, value_bytes=4))
-    monkeypatch.setattr(GPT, "recompute", False, raising=False)
     with pytest.raises(
         InputError, match=r"^not one row of 1024 tokens of --depth 2 fits the 0.0 GiB .*=\d+$"
     ) as refused:
         fit.find_rows(config, CPU, 4)
     assert str(refused.value).endswith("try --max_seq_len=256")
-
-
-def test_recompute_is_set_where_the_model_knows_it_and_refused_where_not(monkeypatch):
-    model = tiny_gpt()
-    monkeypatch.setattr(GPT, "recompute", False, raising=False)
-    fit.set_recompute(model, True)
-    assert model.recompute is True
-    plain = torch.nn.Module()
-    plain.config = CONFIG
-    fit.set_recompute(plain, False)
-    with pytest.raises(InputError, match="--recompute: a model of --arch=plain cannot"):
-        fit.set_recompute(plain, True)
 
 
 def fails_on_the_second(rt: Runtime, folder: str) -> None:

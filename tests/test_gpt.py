@@ -246,6 +246,28 @@ def test_selected_rows_of_a_cache_go_on_alone_and_leave_the_original_as_it_was(a
     torch.testing.assert_close(cache.k, cache.select(torch.tensor([0, 1])).k)
 
 
+@torch.no_grad()
+def test_short_windows_hide_what_is_further_back_with_a_cache_as_without():
+    model, idx = tiny_gpt(n_layer=3, window_pattern="S", short_window=4, sequence_len=16), some_ids(2, 12)
+    assert [block.attn.window for block in model.blocks] == [4, 4, None]  # the last layer sees all
+    full = model(idx)
+    torch.testing.assert_close(fill(model.new_cache(2, 12), model, idx, [7, 1, 4]), full, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(full, tiny_gpt(n_layer=3, sequence_len=16)(idx))
+    model.blocks[-1].attn.window = 4  # now a position sees 3 x 4 back at most
+    other = idx.clone()
+    other[:, 0] = (other[:, 0] + 1) % 50
+    long = torch.cat((idx, idx), dim=1), torch.cat((other, idx), dim=1)
+    before, after = (model(ids) for ids in long)
+    torch.testing.assert_close(before[:, 13:], after[:, 13:], rtol=0, atol=0)
+    assert (before[:, 12] != after[:, 12]).any()
+
+
+def test_the_short_window_stays_when_the_context_changes():
+    config = GPTConfig(sequence_len=2048, window_pattern="SSSL")
+    assert config.short_window == 512
+    assert GPTConfig(**{**config.to_dict(), "sequence_len": 256}).short_window == 512
+
+
 def test_a_context_beyond_ten_times_the_trained_length_is_refused_with_both_numbers():
     model = tiny_gpt(sequence_len=2)
     assert model(some_ids(1, 20)).shape == (1, 20, 50)
