@@ -66,7 +66,7 @@ LOGIT_BYTES = 16.0
 # Of the free memory, what training is planned to take. The rest is for what the memory model does not know: workspaces,
 # fragments, evaluations. On a CPU other programs want some, and the kernel kills who takes too much: no error comes.
 GPU_SHARE, CPU_SHARE = 0.95, 0.7
-CPU_PASS_TOKENS = 8192  # that a CPU takes at once; more take memory and are no faster
+CPU_PASS_TOKENS = 8192  # that a CPU takes at once: assumed to fill its cores; more would only take memory
 
 
 @dataclass(frozen=True)
