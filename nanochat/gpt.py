@@ -418,7 +418,7 @@ class GPT(nn.Module):
         dtype = self.compute_dtype
         # With lambdas the stream grows twenty times as large as what a block adds to it, of which bf16 would lose four
         # bits: depth 4 ended at 1.932 bits per byte instead of the 1.903 of fp32.
-        stream = torch.float32 if self.has_lambdas else dtype
+        stream = torch.promote_types(dtype, torch.float32) if self.has_lambdas else dtype
         x = x0 = norm(self.wte(idx).to(stream))
         bigrams = self.bigrams(idx, previous).to(stream) if self.bigrams is not None else None
         value_embeds = self.value_embeds
