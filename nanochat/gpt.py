@@ -26,9 +26,6 @@ from nanochat.scaling import ARCHS, BIGRAM_ROWS, EXTRAS, GATE_CHANNELS, Shape, w
 LOGIT_CAP = SoftCap(cap=15.0, scale=15.0)
 ROPE_BASE = 10_000.0
 ROPE_SPAN = 10  # rotary tables reach this many times sequence_len
-# Scale of the initial c_q and c_k with "small_qk". QK norm takes the scale of queries and keys away, so a smaller start
-# only means that the same steps turn them further: a copying task takes 100 steps, not 150 (docs/EXPERIMENTS.md).
-QK_INIT = 0.1
 BIGRAM_SIGNS = 1024
 
 
@@ -335,9 +332,6 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
-            if self.config.has("small_qk"):
-                block.attn.c_q.weight.mul_(QK_INIT)
-                block.attn.c_k.weight.mul_(QK_INIT)
             if block.attn.layer in self.value_embeds:
                 block.attn.value_gate.weight.zero_()
         for table in self.value_embeds.values():

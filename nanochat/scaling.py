@@ -16,7 +16,7 @@ ASPECT_RATIO = 64  # n_embd per layer (the reference's choice)
 HEAD_DIM = 128  # target head size (the reference's choice)
 ARCHS = ("plain", "modern")
 # What `modern` adds to `plain` (gpt.py); each can be left out by itself (bench/ablate.py).
-EXTRAS = ("lambdas", "value_embeds", "bigram", "offset_keys", "small_qk")
+EXTRAS = ("lambdas", "value_embeds", "bigram", "offset_keys")
 GATE_CHANNELS = 12  # of the normalised residual stream, that the gate of the value embeddings reads
 BIGRAM_ROWS = 5  # rows of the bigram table per token of the vocabulary
 
