@@ -314,7 +314,11 @@ def check_numbers(shape: Shape, flags: Mapping[str, Any], world_size: int, rows:
             auto = PLAIN.total_batch_size if shape.arch == "plain" else (rows or 1) * shape.sequence_len * world_size
             least = rounded_up(flags.get("total_batch_size", auto) / shape.num_horizon_params)
             raise InputError(f"--{name} {value} gives no step; the least that gives one is --{name}={least}")
-        if (name in RATES or name == "weight_decay") and not 0 <= value < math.inf:
+        if name.endswith("_ratio") and name != "target_param_data_ratio" and not 0 <= value <= 1:
+            raise InputError(
+                f"--{name} {value} must be a part of the run, from 0 to 1; try --{name}={min(1, max(0, value))}"
+            )
+        if (name in RATES or name in ("weight_decay", "grad_clip", "final_lr_frac")) and not 0 <= value < math.inf:
             raise InputError(f"--{name} {value} must be a number from 0; try --{name}={getattr(PLAIN, name)}")
 
 

@@ -115,14 +115,19 @@ def accumulate(
     return all_reduce(total)
 
 
-def compiled(model: GPT, rt: Runtime, wanted: bool | None) -> Callable[..., Tensor]:
-    """The model's training forward: compiled on a GPU, on a CPU when asked for and a C++ compiler is there."""
+def compiles(rt: Runtime, wanted: bool | None) -> bool:
+    """Whether to compile: on a GPU unless told not to, on a CPU when asked for and a C++ compiler is there."""
     if wanted is None:
         wanted = rt.device.type == "cuda"
     if wanted and rt.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         print0("torch.compile: no C++ compiler found, running eagerly")
         wanted = False
-    return torch.compile(model, dynamic=False) if wanted else model
+    return wanted
+
+
+def compiled(model: GPT, rt: Runtime, wanted: bool | None) -> Callable[..., Tensor]:
+    """The model's training forward."""
+    return torch.compile(model, dynamic=False) if compiles(rt, wanted) else model
 
 
 @dataclass

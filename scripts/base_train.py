@@ -32,7 +32,7 @@ from nanochat.plan import h100s, plan_lines, this_cpu
 from nanochat.report import get_report
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.tracking import DUMMY, Tracker
-from nanochat.trainer import LoopState, Trainer, muon_dtype, restore, resume_path
+from nanochat.trainer import LoopState, Trainer, compiles, muon_dtype, restore, resume_path
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,8 @@ def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
         matrix_lr=cfg.matrix_lr,
         weight_decay=cfg.weight_decay,
         muon_dtype=muon_dtype(rt),
+        # on a CPU it is eager: what takes its time there are library calls
+        compile=rt.device.type == "cuda" and compiles(rt, cfg.compile),
     )
     directory = checkpoint.tag_directory("base", cfg.tag)
     saved = resume_path(directory, cfg.resume)

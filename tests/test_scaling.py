@@ -345,6 +345,18 @@ def test_a_ratio_that_gives_no_step_is_refused_with_the_least_that_gives_one(arc
     assert num_iterations(shape, found.total_batch_size, None, None, least)[0] == 1
 
 
+@pytest.mark.parametrize(("name", "value", "near"), [("warmdown_ratio", 2.0, "1"), ("warmup_ratio", -3.0, "0")])
+@pytest.mark.parametrize("arch", ["plain", "modern"])
+def test_a_part_of_the_run_beyond_the_run_is_refused(arch, name, value, near):
+    with pytest.raises(InputError, match=rf"--{name} {value} must be a part of the run, .*; try --{name}={near}$"):
+        settings(shape_from_depth(4, 4096, 512, arch=arch), 1, given={name: value})
+
+
+def test_a_negative_clip_which_would_turn_the_gradient_round_is_refused():
+    with pytest.raises(InputError, match=r"--grad_clip -3.0 must be a number from 0; try --grad_clip=1.0"):
+        settings(modern(4), 1, given={"grad_clip": -3.0})
+
+
 @pytest.mark.parametrize("flags", [{"matrix_lr": -0.1}, {"weight_decay": math.nan}, {"embedding_lr": math.inf}])
 def test_rates_that_are_no_rates_are_refused(flags):
     (name,) = flags
