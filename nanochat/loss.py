@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # A chunk's logits: on a CPU they, and their softmax beside them, fit a last-level cache; 1 to 8 MB measured the same.
@@ -39,14 +38,6 @@ class SoftCap(NamedTuple):
 def capped(u: Tensor, cap: SoftCap) -> Tensor:
     """(..., V) outputs of the head -> (..., V) fp32 logits: in bf16 a logit near 15 would be off by up to 0.03."""
     return cap.cap * torch.tanh((u.to(_wide(u.dtype)) + cap.shift) / cap.scale)
-
-
-def plain_linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, cap: SoftCap, reduction: str = "mean"
-) -> Tensor:
-    """The same with all logits at once: what `linear_cross_entropy` is checked against."""
-    logits = capped(F.linear(x, weight.to(x.dtype)), cap)
-    return F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: SoftCap, reduction: str = "mean") -> Tensor:

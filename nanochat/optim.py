@@ -493,15 +493,14 @@ def build_optimizer(
     weight_decay: float = 0.0,
     init_lr_frac: float = 1.0,
     muon_dtype: torch.dtype = torch.float32,
-    rules: Sequence[Rule] | None = None,
     compile: bool = False,
 ) -> MuonAdamW:
-    """The groups of the rules (None = those of the model's architecture); those of matrices by shape.
+    """The groups of the architecture's rules; those of matrices by shape.
 
     The head's and the tables' learning rates were tuned at width 768 and are scaled by (n_embd/768)^-0.5. weight_decay
     is that of the head and the table in `plain`, of the matrices in `modern`.
     """
-    rules = RULES[model.config.arch] if rules is None else rules
+    rules = RULES[model.config.arch]
     named = dict(model.named_parameters())
     width_scale = (named["transformer.wte.weight"].size(1) / 768) ** -0.5
     rates = {
