@@ -21,7 +21,7 @@ cd "${SLURM_SUBMIT_DIR:?run this with sbatch}"
 
 export NODES=$SLURM_JOB_NUM_NODES RUN_ID=$SLURM_JOB_ID
 # each job its own port: nodes may be shared, and a job before may not have left yet
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))
-export HEAD
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # not into `head`: scontrol could die of the closed pipe
+export HEAD=${HOSTS%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))
 # a task of its own would get the cores of one task only: all of a node's belong to its ranks
 exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_ON_NODE%%(*}" bash runs/multinode.sh "$@"
