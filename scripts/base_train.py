@@ -79,6 +79,9 @@ class BaseTrainConfig:
     window_pattern: str = flag(
         "L", "S(hort) and L(ong) attention windows, over and over; the last layer's is long", new=True
     )
+    short_window: int | None = flag(
+        None, "positions that a short window reaches back; -1 = auto: a quarter of the context", off=-1, new=True
+    )
     fp8: bool = flag(False, "matrix products of wide layers in fp8 (Hopper and newer)", new=True)
     aspect_ratio: int = flag(scaling.ASPECT_RATIO, "width per layer", new=True)
     head_dim: int = flag(scaling.HEAD_DIM, "size of an attention head", new=True)
@@ -99,9 +102,15 @@ class BaseTrainConfig:
             "eval_tokens",
             "head_dim",
             "aspect_ratio",
+            "short_window",
         ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"--{name} {value} must be at least 1; try --{name}=1")
+        if self.short_window is not None and self.short_window > self.max_seq_len:
+            raise InputError(
+                f"--short_window {self.short_window} is longer than the context of {self.max_seq_len} tokens; try "
+                f"--short_window={self.max_seq_len}"
+            )
         if self.vocab_size is not None and not self.plan:
             raise InputError("--vocab_size goes with --plan only; the tokenizer decides it: scripts.tok_train")
         for name in ("eval_every", "core_metric_every", "sample_every", "save_every"):
@@ -118,7 +127,7 @@ Decided = Any  # a BaseTrainConfig with nothing left open; its types say that No
 
 def shape_of(cfg: BaseTrainConfig, vocab_size: int) -> scaling.Shape:
     shape = scaling.shape_from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, cfg.head_dim, cfg.arch)
-    return replace(shape, window_pattern=cfg.window_pattern)
+    return replace(shape, window_pattern=cfg.window_pattern, short_window=cfg.short_window)
 
 
 def model_config(cfg: BaseTrainConfig, shape: scaling.Shape) -> GPTConfig:
@@ -131,6 +140,7 @@ def model_config(cfg: BaseTrainConfig, shape: scaling.Shape) -> GPTConfig:
         shape.n_embd,
         cfg.arch,
         window_pattern=cfg.window_pattern,
+        short_window=cfg.short_window,
     )
 
 
