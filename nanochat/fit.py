@@ -1,4 +1,4 @@
-"""The device batch that fits: from the memory model of scaling.py, checked by a pass before training begins."""
+"""The device batch that fits: from the memory model of memory.py, checked by a pass before training begins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from nanochat import runtime, scaling
+from nanochat import memory, runtime
 from nanochat.checkpoint import build_model
 from nanochat.config import InputError
 from nanochat.environment import print0
@@ -30,13 +30,13 @@ def find_rows(
     """
     available = runtime.available_memory(rt)
     is_gpu = rt.device.type == "cuda"
-    budget = available * (scaling.GPU_SHARE if is_gpu else scaling.CPU_SHARE)
-    pass_tokens = math.inf if is_gpu else scaling.CPU_PASS_TOKENS
+    budget = available * (memory.GPU_SHARE if is_gpu else memory.CPU_SHARE)
+    pass_tokens = math.inf if is_gpu else memory.CPU_PASS_TOKENS
     ways = (True,) if recompute else (False, True)
     shape, value_bytes = config.shape, rt.dtype.itemsize
     is_trusted = not is_gpu  # the estimate, until a pass runs out of memory
-    for n, again in scaling.fitting_rows(shape, rows, rt.world_size, budget, ways, value_bytes, pass_tokens):
-        estimate = scaling.memory_bytes(shape, n, rt.world_size, again, value_bytes=value_bytes)
+    for n, again in memory.fitting_rows(shape, rows, rt.world_size, budget, ways, value_bytes, pass_tokens):
+        estimate = memory.memory_bytes(shape, n, rt.world_size, again, value_bytes=value_bytes)
         is_sure = is_trusted and estimate < SURE_SHARE * available
         if is_sure or probe(config, rt, n, again, compile):
             how = f"{n} rows, recomputing activations" if again else f"{n} rows"
@@ -45,7 +45,7 @@ def find_rows(
             print0(f"Device batch: {how}: {gib}")
             return n, again
         is_trusted = False
-    way_out = scaling.smaller(shape, rt.world_size, budget, ways, value_bytes)
+    way_out = memory.smaller(shape, rt.world_size, budget, ways, value_bytes)
     raise InputError(
         f"not one row of {config.sequence_len} tokens of --depth {config.n_layer} fits the {available / 2**30:.1f} GiB "
         f"that are free here; try {way_out}"
@@ -70,7 +70,7 @@ def _pass(config: GPTConfig, rt: Runtime, rows: int, recompute: bool, compile: b
     with torch.random.fork_rng(devices=[]):  # the run's own weights must not depend on whether there was a probe
         model = build_model(config, rt)
     model.recompute = recompute
-    held = torch.empty(int(scaling.optimizer_bytes(config.shape, rt.world_size)), dtype=torch.uint8, device=rt.device)
+    held = torch.empty(int(memory.optimizer_bytes(config.shape, rt.world_size)), dtype=torch.uint8, device=rt.device)
     generator = torch.Generator(rt.device).manual_seed(0)
     idx = torch.randint(config.vocab_size, (rows, config.sequence_len), generator=generator, device=rt.device)
     compiled(model, rt, compile)(idx, idx, reduction="sum").backward()

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nanochat import scaling
 from nanochat.config import InputError
-from nanochat.scaling import Shape, memory_bytes, rows_per_rank
+from nanochat.memory import CPU_PASS_TOKENS, CPU_SHARE, GPU_SHARE, fitting_rows, memory_bytes
+from nanochat.scaling import Shape, rows_per_rank
 
 # One H100: bf16 peak, and the share of it that the public depth-20 runs of the plain architecture reached
 # (47.9-48.2% at depth 20, 21% at depth 8 over 200 steps).
@@ -50,9 +50,9 @@ class Machine:
         """The largest divisor of the rows whose training fits a device; all of them where memory is not looked at."""
         if self.memory is None:
             return rows
-        share = scaling.CPU_SHARE if self.is_cpu else scaling.GPU_SHARE
-        pass_tokens = scaling.CPU_PASS_TOKENS if self.is_cpu else math.inf
-        found = scaling.fitting_rows(
+        share = CPU_SHARE if self.is_cpu else GPU_SHARE
+        pass_tokens = CPU_PASS_TOKENS if self.is_cpu else math.inf
+        found = fitting_rows(
             shape, rows, self.num_devices, share * self.memory, (False,), self.value_bytes, pass_tokens
         )
         return next((n for n, _ in found), None)

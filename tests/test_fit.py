@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanochat import fit, runtime, scaling
+from nanochat import fit, memory, runtime
 from nanochat.config import InputError
 from nanochat.gpt import GPTConfig
 from nanochat.runtime import Runtime
@@ -15,12 +15,12 @@ CONFIG = GPTConfig(sequence_len=64, vocab_size=50, n_layer=2, n_head=2, n_kv_hea
 
 
 def needs(rows: int, recompute: bool = False) -> float:
-    return scaling.memory_bytes(CONFIG.shape, rows, 1, recompute, value_bytes=4)
+    return memory.memory_bytes(CONFIG.shape, rows, 1, recompute, value_bytes=4)
 
 
 def with_memory(monkeypatch: pytest.MonkeyPatch, num_bytes: float) -> None:
     """So much for training, and a byte for rounding."""
-    monkeypatch.setattr(runtime, "available_memory", lambda rt: (num_bytes + 1) / scaling.CPU_SHARE)
+    monkeypatch.setattr(runtime, "available_memory", lambda rt: (num_bytes + 1) / memory.CPU_SHARE)
 
 
 def no_probe(*args: object) -> bool:
@@ -31,7 +31,7 @@ def test_with_memory_to_spare_all_rows_go_in_one_pass_without_a_probe(monkeypatc
     with_memory(monkeypatch, 1e12)
     monkeypatch.setattr(fit, "probe", no_probe)
     assert fit.find_rows(CONFIG, CPU, 24) == (24, False)
-    assert fit.find_rows(CONFIG, CPU, 1024)[0] == scaling.CPU_PASS_TOKENS // 64
+    assert fit.find_rows(CONFIG, CPU, 1024)[0] == memory.CPU_PASS_TOKENS // 64
 
 
 def test_a_tight_fit_is_tried_and_halved_until_a_pass_goes_through(monkeypatch):
@@ -72,8 +72,8 @@ def test_a_mistake_in_the_pass_is_not_taken_for_a_lack_of_memory(monkeypatch):
 
 def test_activations_are_recomputed_before_a_model_is_refused(monkeypatch):
     config = GPTConfig(sequence_len=64, vocab_size=50, n_layer=8, n_head=2, n_kv_head=2, n_embd=32)
-    less = scaling.memory_bytes(config.shape, 1, 1, True, value_bytes=4)
-    assert less < scaling.memory_bytes(config.shape, 1, 1, value_bytes=4)
+    less = memory.memory_bytes(config.shape, 1, 1, True, value_bytes=4)
+    assert less < memory.memory_bytes(config.shape, 1, 1, value_bytes=4)
     with_memory(monkeypatch, less)
     monkeypatch.setattr(fit, "probe", lambda *args: True)
     assert fit.find_rows(config, CPU, 4) == (1, True)
@@ -88,7 +88,7 @@ def test_recomputing_that_is_asked_for_is_counted_on(monkeypatch):
 def test_a_model_of_which_not_one_row_fits_is_refused_with_one_that_does(monkeypatch):
     config = GPTConfig(sequence_len=1024, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
     half = GPTConfig(sequence_len=256, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32).shape
-    with_memory(monkeypatch, scaling.memory_bytes(half, 1, 1, True, value_bytes=4))
+    with_memory(monkeypatch, memory.memory_bytes(half, 1, 1, True, value_bytes=4))
     with pytest.raises(
         InputError, match=r"^not one row of 1024 tokens of --depth 2 fits the 0.0 GiB .*=\d+$"
     ) as refused:
@@ -99,7 +99,7 @@ def test_a_model_of_which_not_one_row_fits_is_refused_with_one_that_does(monkeyp
 def fails_on_the_second(rt: Runtime, folder: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "_pass", lambda *args: torch.empty(1 << 50) if rt.rank and args[2] > 4 else None)
-        patch.setattr(runtime, "available_memory", lambda rt: (needs(16) + 1) / scaling.CPU_SHARE)
+        patch.setattr(runtime, "available_memory", lambda rt: (needs(16) + 1) / memory.CPU_SHARE)
         rows, _ = fit.find_rows(CONFIG, rt, 16)
     assert rows == 4
 

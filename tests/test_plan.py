@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from nanochat import scaling
+from nanochat import memory
+from nanochat.memory import memory_bytes
 from nanochat.plan import H100_MEMORY, Machine, dollars, h100s, plan_lines, this_cpu, train_seconds
-from nanochat.scaling import Shape, memory_bytes, shape_from_depth, with_settings
+from nanochat.scaling import Shape, shape_from_depth, with_settings
 from scripts.base_train import BaseTrainConfig
 
 V, T = 65_536, 2048
@@ -57,7 +58,7 @@ def test_without_a_device_batch_the_plan_has_the_largest_that_fits():
     shape = shape_from_depth(26, V, T)
     fit = h100s(8).rows(shape, 32)
     assert fit == 16
-    assert memory_bytes(shape, fit, 8) < scaling.GPU_SHARE * H100_MEMORY < memory_bytes(shape, 2 * fit, 8)
+    assert memory_bytes(shape, fit, 8) < memory.GPU_SHARE * H100_MEMORY < memory_bytes(shape, 2 * fit, 8)
     assert plan(shape, h100s(8))[-1].endswith("GiB per GPU at 16 rows")
 
 
@@ -78,7 +79,7 @@ def test_a_model_of_which_no_row_fits_is_said_to_need_another_depth():
 def test_a_cpu_costs_nothing_and_takes_no_more_rows_than_are_of_use():
     shape = shape_from_depth(4, 4096, 512)
     machine = this_cpu(1e11, memory=64 * 2**30, value_bytes=4)
-    assert machine.rows(shape, 1024) == scaling.CPU_PASS_TOKENS // 512
+    assert machine.rows(shape, 1024) == memory.CPU_PASS_TOKENS // 512
     assert machine.rows(shape, 12) == 12
     line = plan(shape, machine)[-1]
     assert line.startswith("this CPU, 30% of the 100 GFLOP/s measured in matmuls: ") and ", $0.00, " in line
