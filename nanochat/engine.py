@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from nanochat.config import InputError
-from nanochat.gpt import GPT, KVCache
+from nanochat.gpt import GPT
+from nanochat.kv_cache import KVCache
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import calculate
 

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from nanochat import attention, gpt
+from nanochat import attention
 from nanochat.config import InputError
 from nanochat.gpt import GPT, GPTConfig, rope_tables, rotate
+from nanochat.kv_cache import KVCache, offset_keys
 from nanochat.scaling import ARCHS, EXTRAS
 from tests.conftest import tiny_gpt
 
@@ -18,7 +19,7 @@ def some_ids(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, 50, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
-def fill(cache: gpt.KVCache, model: GPT, rows: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+def fill(cache: KVCache, model: GPT, rows: torch.Tensor, chunks: list[int]) -> torch.Tensor:
     """Logits of rows fed in chunks of the given widths."""
     return torch.cat([model(part, cache=cache) for part in rows.split(chunks, dim=1)], dim=1)
 
@@ -83,7 +84,7 @@ def test_a_later_token_cannot_change_an_earlier_logit(arch):
 def test_a_key_of_the_modern_model_shows_in_its_slow_channels_the_token_before():
     # head size 8: channels 0 and 4, 1 and 5, ... turn together, the later ones of each half more slowly
     k = torch.arange(1.0, 25.0).view(1, 3, 1, 8)
-    assert gpt.offset_keys(k)[0, :, 0].tolist() == [
+    assert offset_keys(k)[0, :, 0].tolist() == [
         [1, 2, 0, 0, 5, 6, 0, 0],
         [9, 10, 3, 4, 13, 14, 7, 8],
         [17, 18, 11, 12, 21, 22, 15, 16],

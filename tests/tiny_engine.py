@@ -7,7 +7,8 @@ from itertools import pairwise
 import torch
 
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig, KVCache
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import KVCache
 from nanochat.tokenizer import Tokenizer
 
 TEXT = ["hello world, how are you? 12+3=15, 7*8=56, the cat sat on the mat", "déjà vu 日本語 🙂"]
