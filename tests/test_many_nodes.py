@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -90,6 +91,25 @@ def test_a_slurm_job_starts_one_torchrun_a_node_and_names_the_first_as_head(tmp_
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     asked = "--kill-on-bad-exit=1 --cpus-per-task=96 bash runs/multinode.sh scripts.base_train --depth=4"
     assert done.stdout == f"2 n3:30001 70001 {asked}\n", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["plain", "modern"])
+def test_the_same_command_on_two_ranks_has_the_losses_of_one_over_50_steps(tmp_path, monkeypatch, arch):
+    """The passes hold the same rows, two after another on one rank: what is added, and in which order, stays."""
+    curves = []
+    for ranks in ("1", "2"):
+        base = tmp_path / ranks
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+        tok_train.main(["--dataset=tinyworld", "--max_chars=50000", "--vocab_size=300"])
+        flags = [*FLAGS, "--num_iterations=50", "--device_batch_size=4", f"--arch={arch}"]
+        one = node(base, "scripts.base_train", *flags, NODES="1", RANKS=ranks, HEAD="127.0.0.1:0", RUN_ID=arch)
+        _, error = one.communicate(timeout=600)
+        assert one.returncode == 0, error
+        lines = (base / "report" / "curves" / "base.jsonl").read_text().splitlines()
+        curves.append([row["loss"] for row in map(json.loads, lines) if "loss" in row])
+    assert len(curves[0]) == 50
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
 
 @pytest.mark.slow
