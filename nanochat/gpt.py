@@ -22,7 +22,7 @@ from nanochat.attention import cached_attention, causal_attention
 from nanochat.config import InputError
 from nanochat.kv_cache import KVCache, Slots, offset_keys
 from nanochat.loss import SoftCap, capped, linear_cross_entropy
-from nanochat.scaling import ARCHS, BIGRAM_ROWS, EXTRAS, GATE_CHANNELS, Shape, windows
+from nanochat.scaling import ARCHS, EXTRAS, GATE_CHANNELS, Shape, bigram_rows, windows
 
 LOGIT_CAP = SoftCap(cap=15.0, scale=15.0)
 ROPE_BASE = 10_000.0
@@ -42,6 +42,7 @@ class GPTConfig:
     extras: tuple[str, ...] | None = None  # None = all of the arch's
     window_pattern: str = "L"  # see scaling.windows
     short_window: int | None = None  # of an S layer; None = by sequence_len, and then it stays when that changes
+    bigram_rows: int | None = None  # of the bigram table, per token of the vocabulary; None = by n_layer
 
     def __post_init__(self) -> None:
         if self.arch not in ARCHS:
@@ -52,6 +53,8 @@ class GPTConfig:
             raise InputError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
         extras = (EXTRAS if self.arch == "modern" else ()) if self.extras is None else tuple(self.extras)
         object.__setattr__(self, "extras", extras)
+        if self.bigram_rows is None:
+            object.__setattr__(self, "bigram_rows", bigram_rows(self.n_layer))
         if self.short_window is None:
             object.__setattr__(self, "short_window", min(windows("SL", 2, self.sequence_len)))
         if unknown := set(extras) - set(EXTRAS):
@@ -76,7 +79,7 @@ class GPTConfig:
     def shape(self) -> Shape:
         """The sizes as scaling.py counts them."""
         sizes = (self.n_layer, self.n_embd, self.n_head, self.n_kv_head, self.vocab_size, self.sequence_len)
-        return Shape(*sizes, self.arch, self.window_pattern, self.short_window, self.extras)
+        return Shape(*sizes, self.arch, self.window_pattern, self.short_window, self.extras, self.bigram_rows)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -169,7 +172,8 @@ class Bigrams(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(BIGRAM_ROWS * config.vocab_size, config.n_embd))
+        assert config.bigram_rows is not None
+        self.weight = nn.Parameter(torch.empty(config.bigram_rows * config.vocab_size, config.n_embd))
         self.fill_buffers()
 
     def fill_buffers(self) -> None:

@@ -18,7 +18,9 @@ ARCHS = ("plain", "modern")
 # What `modern` adds to `plain` (gpt.py); each can be left out by itself (bench/ablate.py).
 EXTRAS = ("lambdas", "value_embeds", "bigram", "offset_keys")
 GATE_CHANNELS = 12  # of the normalised residual stream, that the gate of the value embeddings reads
-BIGRAM_ROWS = 5  # rows of the bigram table per token of the vocabulary
+# Rows of the bigram table per token of the vocabulary, up to a depth and beyond it: twice as many are worth 0.01 bits
+# per byte at depths 2 and 4 for no time (docs/EXPERIMENTS.md), but 0.4 billion weights more at depth 20.
+BIGRAM_ROWS = {8: 10, math.inf: 5}
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,12 @@ PLAIN = Settings(2**19, 20, 0.2, 0.004, 0.02, 0.0, 1.0, 0.0, 0.2, 0.0)  # the re
 
 # `modern`: the values at the reference depth, those of the public recipe (batch, ratio, matrices' rate, decay), and how
 # they move from there. Runs of runs/scaling_laws.sh re-fit them.
-MODERN = Settings(2**19, 12.0, 0.2, 0.004, 0.02, 0.28, 0.0, 0.0, 0.6, 0.0)
+MODERN = Settings(2**19, 12.0, 0.2, 0.004, 0.02, 0.28, 0.0, 0.0, 0.6, 0.1)
 REFERENCE_DEPTH = 12
 BATCH_EXPONENT = 0.383  # B ~ D^0.383 (Bergsma et al. 2025, arXiv 2505.13738: the critical batch grows with the data)
+# In runs with less data than the reference's: the line from there through 4,096 to 8,192 tokens, the best batch of
+# depth 4 on 0.7M tokens and of depth 2 on 2M (docs/EXPERIMENTS.md).
+SHORT_BATCH_EXPONENT = 0.63
 # Rates ~ sqrt(B) (Malladi et al. 2022, arXiv 2205.10287; public runs up to depth 26), and in runs with less data than
 # the reference's ~ D^-x as well: x fitted to depth 4 in 61 steps of 16,384 tokens, where 0.12 to 0.16 was best for the
 # matrices and two to three times the reference's rates for tables and head (docs/EXPERIMENTS.md).
@@ -79,6 +84,7 @@ class Shape:
     window_pattern: str = "L"  # see windows()
     short_window: int | None = None
     extras: tuple[str, ...] | None = None  # None = all of the arch's
+    bigram_rows: int | None = None  # None = by depth
 
     def has(self, extra: str) -> bool:
         """Whether the model has one of EXTRAS."""
@@ -105,7 +111,8 @@ class Shape:
             parts["value_embeds"] = Part("table", layers * self.vocab_size * self.n_kv_head * head_dim)
             parts["value_gates"] = Part("scalar", layers * min(GATE_CHANNELS, self.n_embd) * self.n_kv_head)
         if self.has("bigram"):
-            parts["bigram"] = Part("table", BIGRAM_ROWS * self.vocab_size * self.n_embd)
+            rows = self.bigram_rows or bigram_rows(self.n_layer)
+            parts["bigram"] = Part("table", rows * self.vocab_size * self.n_embd)
             parts["bigram_lambdas"] = Part("scalar", self.n_layer)
         if self.has("lambdas"):
             parts["lambdas"] = Part("scalar", 2 * self.n_layer)
@@ -161,6 +168,10 @@ def shape_from_depth(
             + _nearest_that_divides(depth, aspect_ratio, head_dim)
         )
     return Shape(depth, n_embd, n_head, n_head, vocab_size, sequence_len, arch)
+
+
+def bigram_rows(n_layer: int) -> int:
+    return next(rows for most, rows in BIGRAM_ROWS.items() if n_layer <= most)
 
 
 def _width(depth: int, aspect_ratio: int, head_dim: int) -> tuple[int, int]:
@@ -224,7 +235,7 @@ def settings(
     `plain` has the reference's values. `modern`: with D = ratio * N tokens to see, and B_ref, D_ref those of depth 12
     with this vocabulary and context,
 
-        B = B_ref * (D/D_ref)^0.383, rounded to what the ranks can share;
+        B = B_ref * (D/D_ref)^0.383, with less data than D_ref ^0.63, rounded to what the ranks can share;
         learning rates * sqrt(B/B_ref), and of a run with less data than D_ref * (D_ref/D)^x (SHORTAGE_EXPONENTS);
         weight decay * sqrt(B/B_ref) * D_ref/D: then the steps over which it forgets stay the same part of a run
         (Wang & Aitchison 2024, arXiv 2405.13698); with less data than D_ref there is none.
@@ -248,7 +259,8 @@ def settings(
     reference = reference_tokens(shape)
     batch = flags.get("total_batch_size")
     if batch is None:
-        ideal = MODERN.total_batch_size * (tokens / reference) ** BATCH_EXPONENT
+        exponent = BATCH_EXPONENT if tokens >= reference else SHORT_BATCH_EXPONENT
+        ideal = MODERN.total_batch_size * (tokens / reference) ** exponent
         batch = shared_batch(ideal, tokens, (rows or 1) * shape.sequence_len * world_size)
     tokens = batch * iterations if iterations else max(tokens, batch)
     scale = (batch / MODERN.total_batch_size) ** 0.5
