@@ -45,7 +45,7 @@ PLAIN = Settings(2**19, 20, 0.2, 0.004, 0.02, 0.0, 1.0, 0.0, 0.2, 0.0)  # the re
 
 # `modern`: the values at the reference depth, those of the public recipe (batch, ratio, matrices' rate, decay), and how
 # they move from there. Runs of runs/scaling_laws.sh re-fit them.
-MODERN = Settings(2**19, 12.0, 0.2, 0.004, 0.02, 0.28, 0.0, 0.0, 0.6, 0.1)
+MODERN = Settings(2**19, 12.0, 0.2, 0.004, 0.02, 0.28, 0.0, 0.0, 0.6, 0.05)
 REFERENCE_DEPTH = 12
 BATCH_EXPONENT = 0.383  # B ~ D^0.383 (Bergsma et al. 2025, arXiv 2505.13738: the critical batch grows with the data)
 # In runs with less data than the reference's: the line from there through 4,096 to 8,192 tokens, the best batch of
@@ -56,6 +56,8 @@ SHORT_BATCH_EXPONENT = 0.63
 # matrices and two to three times the reference's rates for tables and head (docs/EXPERIMENTS.md).
 SHORTAGE_EXPONENTS = {"matrix_lr": 0.5, "embedding_lr": 0.37, "unembedding_lr": 0.37}
 LR_MOST = 6.5  # times the reference's: still shorter runs are beyond the rule
+# Where the rate ends rises in the same runs, to FINAL_MOST for 0.7M and for 2M tokens (0, 0.1 and 0.2 were tried).
+FINAL_EXPONENT, FINAL_MOST = 0.22, 0.2
 WINDOW_PARTS, WINDOW_MULTIPLE = 4, 128  # a short window: T/4, rounded up to what attention kernels take at once
 
 
@@ -237,6 +239,7 @@ def settings(
 
         B = B_ref * (D/D_ref)^0.383, with less data than D_ref ^0.63, rounded to what the ranks can share;
         learning rates * sqrt(B/B_ref), and of a run with less data than D_ref * (D_ref/D)^x (SHORTAGE_EXPONENTS);
+        the rate's end * (D_ref/D)^0.22, at most 0.2;
         weight decay * sqrt(B/B_ref) * D_ref/D: then the steps over which it forgets stay the same part of a run
         (Wang & Aitchison 2024, arXiv 2405.13698); with less data than D_ref there is none.
 
@@ -269,6 +272,7 @@ def settings(
         name: getattr(MODERN, name) * min(LR_MOST, scale * shortage**exponent)
         for name, exponent in SHORTAGE_EXPONENTS.items()
     }
+    auto["final_lr_frac"] = min(FINAL_MOST, MODERN.final_lr_frac * shortage**FINAL_EXPONENT)
     auto["weight_decay"] = MODERN.weight_decay * scale * reference / tokens if tokens >= reference else 0.0
     sizes = {"total_batch_size": batch, "target_param_data_ratio": ratio}
     return Settings(**{**asdict(MODERN), **auto, **sizes, **flags})

@@ -73,7 +73,7 @@ class BaseTrainConfig:
     warmdown_ratio: float | None = flag(
         None, "part of the steps that it falls over; -1 = auto: plain 0.2, modern 0.6", off=-1, new=True
     )
-    final_lr_frac: float | None = flag(None, "where it ends; -1 = auto: plain 0, modern 0.1", off=-1, new=True)
+    final_lr_frac: float | None = flag(None, "where it ends; -1 = auto: plain 0, modern 0.05 to 0.2", off=-1, new=True)
     dataset: str = flag("climbmix", "climbmix, fineweb-edu, tinyworld, or a folder of text", new=True)
     arch: str = flag("plain", "the model's architecture", choices=scaling.ARCHS, new=True)
     window_pattern: str = flag(

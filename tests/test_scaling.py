@@ -202,6 +202,7 @@ def test_modern_batch_rates_and_decay_follow_the_tokens_to_see(depth, batch):
     assert found.matrix_lr == pytest.approx(base.matrix_lr * scale * max(1, times**-0.5))
     assert found.embedding_lr == pytest.approx(base.embedding_lr * scale * max(1, times**-0.37))
     assert found.unembedding_lr == pytest.approx(base.unembedding_lr * scale * max(1, times**-0.37))
+    assert found.final_lr_frac == pytest.approx(0.05 * max(1, times**-0.22))
     assert found.weight_decay == pytest.approx(decay)
 
 
@@ -219,7 +220,8 @@ def test_flags_of_modern_win_and_rates_follow_the_batch_and_the_steps_that_are_g
     found = settings(modern(4), 1, given=flags, iterations=630)  # a quarter of the reference's steps
     assert (found.total_batch_size, found.embedding_lr, found.weight_decay) == (2**13, 0.3, 0.5)
     assert found.matrix_lr == pytest.approx(MODERN.matrix_lr * 2, rel=1e-4)
-    assert settings(modern(4), 1, iterations=1).matrix_lr == MODERN.matrix_lr * scaling.LR_MOST
+    shortest = settings(modern(4), 1, iterations=1)
+    assert (shortest.matrix_lr, shortest.final_lr_frac) == (MODERN.matrix_lr * scaling.LR_MOST, 0.2)
 
 
 def test_the_horizon_of_flops_is_that_of_its_tokens():
