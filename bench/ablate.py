@@ -35,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import common
-from bench.common import Built, Override, Plan, Setting, Text, run_task
+from bench.common import Built, Override, Plan, Setting, run_task
+from bench.packed import Text
 from bench.results import Results, Task, default_results, finish, numbers, run_all, table, words
 from nanochat.config import InputError, flag, run_cli
 

@@ -25,7 +25,8 @@ import torch
 
 from bench import ablate, common, time_to_bpb, train
 from bench.ablate import AblateConfig
-from bench.common import Plan, Setting, Text
+from bench.common import Plan, Setting
+from bench.packed import Text
 from bench.results import Results, Task, default_results, finish, run_all, table, words
 from bench.time_to_bpb import TimeToBpbConfig
 from nanochat import attention, fp8

@@ -81,9 +81,9 @@ class Results:
 @cache
 def code_digest() -> str:
     """Of the code that a training run consists of, without comments, docstrings and layout: the modules that model,
-    optimizer, loop, loader and bpb import, and bench/common.py."""
-    todo = ["gpt", "optim", "recipe", "trainer", "data.loader", "evals.bpb"]
-    seen = {"": _code(ROOT / "bench" / "common.py")}
+    optimizer, loop, loader and bpb import, and bench/common.py and packed.py."""
+    todo = ["gpt", "optim", "trainer", "data.loader", "evals.bpb"]
+    seen = {f"bench.{name}": _code(ROOT / "bench" / f"{name}.py") for name in ("common", "packed")}
     while todo:
         name = todo.pop()
         path = ROOT / "nanochat" / (name.replace(".", "/") + ".py")

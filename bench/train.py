@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from bench import common
-from bench.common import Batch, Built, Plan, Setting
+from bench.common import Built, Plan, Setting
+from bench.packed import Batch, tokenizer_for
 from bench.results import finish, in_child, numbers, table, words
 from nanochat import runtime
 from nanochat.config import InputError, flag, run_cli
@@ -59,7 +60,7 @@ def stream(built: Built, vocab_size: int, data: str | None) -> Iterator[Batch]:
     plan, device = built.plan, built.rt.device
     if data is not None:
         source = open_source(data)
-        tokenizer = common.tokenizer_for(source, vocab_size)
+        tokenizer = tokenizer_for(source, vocab_size)
         rows, T = plan.device_batch_size, plan.sequence_len
         yield from PackingLoader(source, "train", tokenizer, batch_size=rows, sequence_len=T, device=device)
     shape = (4, plan.device_batch_size, plan.sequence_len + 1)
@@ -184,7 +185,7 @@ def run(cfg: TrainConfig) -> list[dict[str, Any]]:
         common.resolve(setting, cfg.vocab_size, cfg.sequence_len, 16_384, 1)
         wanted.append((setting, plan))
     if cfg.data is not None:  # once, not in each row's process
-        common.tokenizer_for(open_source(cfg.data), cfg.vocab_size)
+        tokenizer_for(open_source(cfg.data), cfg.vocab_size)
     rows = []
     for setting, plan in wanted:
         work = partial(measure, setting, plan, cfg.vocab_size, cfg.data, cfg.parted_steps, cfg.matmul)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import ablate, common, gpu_suite, results, time_to_bpb
+from bench import ablate, common, gpu_suite, packed, results, time_to_bpb
 from bench.ablate import Candidate, Pairs, judge, leave_one_out, neighbours, paired_p, t_two_sided
-from bench.common import Plan, Setting, Text
+from bench.common import Plan, Setting
+from bench.packed import Text
 from bench.results import Results, Task, run_all
 from nanochat import checkpoint, scaling
 from nanochat.config import InputError
@@ -218,13 +219,13 @@ def test_validation_rows_are_bos_and_the_beginning_of_each_document(tmp_path):
     texts = [f"document {i} " + "word " * (i % 7) for i in range(40)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     text = Text.pack(str(tmp_path), 300, 16, 4, val_documents=3)
-    source = common.open_source(str(tmp_path))
-    tokenizer = common.tokenizer_for(source, 300)
+    source = packed.open_source(str(tmp_path))
+    tokenizer = packed.tokenizer_for(source, 300)
     for row, document in zip(text.val, list(source.texts("val"))[:3], strict=False):
         ids = [tokenizer.get_bos_token_id(), *tokenizer.encode(document)][:17]
         assert row.tolist() == ids + [-1] * (17 - len(ids))
     assert text.train.shape == (4, 17) and (text.train[:, 0] == text.bos).all()
-    inputs, targets = common.to_batch(text.val, text.bos, torch.device("cpu"))
+    inputs, targets = packed.to_batch(text.val, text.bos, torch.device("cpu"))
     assert (targets == -1).any() and (inputs[:, 1:][targets[:, :-1] == -1] == text.bos).all()
 
 
@@ -252,7 +253,7 @@ def test_a_run_equals_a_plain_loop_that_never_warmed_up():
         optimizer.set_lr(scaling.lr_multiplier(step / 3, 0.0, 0.2, 0.0, 1 / 3), scaling.muon_momentum(step))
         accumulate(model, batches)
         optimizer.step(1.0)
-    val = common.to_batch(text.val, text.bos, rt.device)
+    val = packed.to_batch(text.val, text.bos, rt.device)
     assert found["bpb"] == pytest.approx(evaluate_bpb(model, [val], torch.from_numpy(text.token_bytes)), rel=1e-6)
     assert [step for step, _, _ in found["curve"]] == [1, 2, 3]
     assert found["tokens"] == 96 and found["seconds"] == pytest.approx(found["curve"][-1][1])
