@@ -26,8 +26,8 @@ from nanochat.evals.core import evaluate_core
 from nanochat.evals.samples import sample_texts
 from nanochat.fit import find_rows
 from nanochat.fp8 import convert_to_fp8
-from nanochat.gpt import GPTConfig
-from nanochat.optim import build_optimizer
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.plan import h100s, plan_lines, this_cpu
 from nanochat.report import get_report
 from nanochat.tokenizer import Tokenizer, get_tokenizer
@@ -191,15 +191,7 @@ def check_text(cfg: Decided, source: Source, tokenizer: Tokenizer, world_size: i
     )
 
 
-def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
-    """The trainer, and the outcome lines that are known before training. The config is `decided`."""
-    tokenizer = get_tokenizer()
-    shape = shape_of(cfg, tokenizer.get_vocab_size())
-    steps = horizon(cfg, shape)
-    accum = scaling.grad_accum_steps(cfg.total_batch_size, cfg.device_batch_size, cfg.max_seq_len, rt.world_size)
-    config = model_config(cfg, shape)
-    source = open_source(cfg.dataset)
-    check_text(cfg, source, tokenizer, rt.world_size)
+def model_and_optimizer(cfg: Decided, config: GPTConfig, rt: runtime.Runtime) -> tuple[GPT, MuonAdamW]:
     model = checkpoint.build_model(config, rt)
     model.recompute = cfg.recompute
     if cfg.fp8:
@@ -214,13 +206,14 @@ def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
         # on a CPU it is eager: what takes its time there are library calls
         compile=rt.device.type == "cuda" and compiles(rt, cfg.compile),
     )
-    directory = checkpoint.tag_directory("base", cfg.tag)
-    saved = resume_path(directory, cfg.resume)
-    state, cursor = restore(saved, model, optimizer) if saved else (LoopState(), None)
-    loader = PackingLoader(
-        source,
-        "train",
-        tokenizer,
+    return model, optimizer
+
+
+def batches(cfg: Decided, rt: runtime.Runtime, split: str, cursor: dict[str, Any] | None = None) -> PackingLoader:
+    return PackingLoader(
+        open_source(cfg.dataset),
+        split,
+        get_tokenizer(),
         batch_size=cfg.device_batch_size,
         sequence_len=cfg.max_seq_len,
         rank=rt.rank,
@@ -228,6 +221,20 @@ def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
         device=rt.device,
         cursor=cursor,
     )
+
+
+def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
+    """The trainer, and the outcome lines that are known before training. The config is `decided`."""
+    tokenizer, source = get_tokenizer(), open_source(cfg.dataset)
+    shape = shape_of(cfg, tokenizer.get_vocab_size())
+    steps = horizon(cfg, shape)
+    accum = scaling.grad_accum_steps(cfg.total_batch_size, cfg.device_batch_size, cfg.max_seq_len, rt.world_size)
+    check_text(cfg, source, tokenizer, rt.world_size)
+    config = model_config(cfg, shape)
+    model, optimizer = model_and_optimizer(cfg, config, rt)
+    directory = checkpoint.tag_directory("base", cfg.tag)
+    saved = resume_path(directory, cfg.resume)
+    state, cursor = restore(saved, model, optimizer) if saved else (LoopState(), None)
     user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
 
     def schedule(state: LoopState) -> tuple[float, float]:
@@ -238,7 +245,7 @@ def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
         stage="base",
         model=model,
         optimizer=optimizer,
-        loader=loader,
+        loader=batches(cfg, rt, "train", cursor),
         tracker=Tracker("base", cfg.run, rt, user_config),
         directory=directory,
         meta={
@@ -258,22 +265,27 @@ def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
         compile=cfg.compile,
         state=state,
     )
+    facts = facts_of(cfg, shape, steps, rt.world_size)
+    print_sizes(shape, facts, accum, cfg)
+    windows = {block.attn.window for block in model.blocks}
+    print0("Attention: " + "; ".join(sorted({describe(rt.device, rt.dtype, window) for window in windows})))
+    return trainer, facts
+
+
+def facts_of(cfg: Decided, shape: scaling.Shape, steps: int, world_size: int) -> dict[str, Any]:
+    """Lines of the report."""
     tokens = cfg.total_batch_size * steps
-    facts = {
+    return {
         "Number of parameters": shape.num_params,
         "Number of FLOPs per token": f"{shape.flops_per_token:e}",
         "Calculated number of iterations": steps,
         "Number of training tokens": tokens,
         "Tokens : Params ratio": tokens / shape.num_params,
-        "DDP world size": rt.world_size,
+        "DDP world size": world_size,
         "warmup_ratio": cfg.warmup_ratio,
         "warmdown_ratio": cfg.warmdown_ratio,
         "final_lr_frac": cfg.final_lr_frac,
     }
-    print_sizes(shape, facts, accum, cfg)
-    windows = {block.attn.window for block in model.blocks}
-    print0("Attention: " + "; ".join(sorted({describe(rt.device, rt.dtype, window) for window in windows})))
-    return trainer, facts
 
 
 def print_sizes(shape: scaling.Shape, facts: dict[str, Any], accum: int, cfg: Decided) -> None:
@@ -294,23 +306,13 @@ def print_sizes(shape: scaling.Shape, facts: dict[str, Any], accum: int, cfg: De
 def hooks_of(cfg: Decided, trainer: Trainer, results: dict[str, Any]) -> list[Any]:
     """Save, then validate, then estimate CORE, then sample; all but validation leave step 0 out."""
     rt, model, tokenizer = trainer.rt, trainer.model, get_tokenizer()
-    source = open_source(cfg.dataset)
     token_bytes = tokenizer.token_bytes().to(rt.device)
     eval_steps = max(1, cfg.eval_tokens // (cfg.device_batch_size * cfg.max_seq_len * rt.world_size))
     bundle = open_bundle(cfg.bundle, cfg.dataset) if cfg.core_metric_every is not None else None
 
     def validate(state: LoopState) -> None:
         model.eval()
-        loader = PackingLoader(
-            source,
-            "val",
-            tokenizer,
-            batch_size=cfg.device_batch_size,
-            sequence_len=cfg.max_seq_len,
-            rank=rt.rank,
-            world_size=rt.world_size,
-            device=rt.device,
-        )
+        loader = batches(cfg, rt, "val")
         bpb = evaluate_bpb(model, itertools.islice(loader, eval_steps), token_bytes)
         loader.close()
         state.record_val_bpb(bpb)
