@@ -77,7 +77,7 @@ def test_greedy_cached_generation_equals_the_naive_forward_for_64_tokens(seed, a
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_greedy_equality_holds_through_tool_calls_and_waiting_rows(arch):
-    model = tool_lover(seed={"plain": 5, "modern": 11}[arch], arch=arch)
+    model = tool_lover(seed={"plain": 5, "modern": 12}[arch], arch=arch)
     prompts = [[BOS, i, i + 1][: 1 + i % 3] for i in range(40, 64)]
     engine = Engine(model, TOKENIZER, cache_bytes=5 * 2 * 2 * 16 * 4 * 51)  # five rows of 3 + 48 tokens at a time
     sequences, masks, ends = engine.generate_many(prompts, max_tokens=48, temperature=0.0)
