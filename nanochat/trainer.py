@@ -305,8 +305,9 @@ class Trainer:
         self.mfu = self._mfu(state.timed_tokens, state.train_seconds) if state.train_seconds else mfu
         done, total = state.step + 1, self.num_iterations
         now = time.perf_counter()
-        shown = {"loss": state.loss} if is_taken else {"skipped": state.history.skipped}
-        self.tracker.log(done, **shown, lrm=lrm, dt=dt, tok_per_sec=tokens / dt, mfu=mfu)
+        history = state.history
+        new = {"loss": state.loss, "grad_norm": history.norms[-1]} if is_taken else {"skipped": history.skipped}
+        self.tracker.log(done, **new, lrm=lrm, dt=dt, tok_per_sec=tokens / dt, mfu=mfu)
         if now - self.last_line < SECONDS_PER_LINE and done != total and state.step > 0:
             return
         self.last_line = now
