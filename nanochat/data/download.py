@@ -175,53 +175,64 @@ def fetch(
         backoff: seconds of wait are backoff ** failures; 0 = none.
 
     Raises:
-        InputError: the server does not have it, gives up five times in a row, or gives wrong content twice.
+        InputError: the server does not have it, gives up five times in a row, or gives wrong content twice; the
+            folder cannot be written into.
     """
-    path, part = job.path, job.path.with_name(job.path.name + ".part")
+    path = job.path
     stop = stop or threading.Event()
-    with _locked(path, stop):
+    with _system_errors(path), _locked(path, stop):
         listed = read_listing(path.parent).get(path.name)
         if job.sha256 is None and listed is not None:
             job = replace(job, sha256=listed.sha256)
+        digest = None
         if path.exists():
             try:
-                told = None if job.sha256 else _ask_sha256(job.url, ASK_SECONDS)
-                record(path, _verify(job, path, told))
-                return path
-            except ValueError as error:
-                if isinstance(error, InputError):
-                    raise
+                digest = _verify(job, path, None if job.sha256 else _ask_sha256(job.url, ASK_SECONDS))
+            except (ValueError, OSError) as error:  # OSError: a bad sector
                 print(f"{path} is damaged ({error}); fetching it again", flush=True)
         elif listed is not None:
             print(f"{path} is missing, though listed; fetching it again", flush=True)
-        report(part.stat().st_size if part.exists() else 0, None)
-        failures = mismatches = 0
-        while True:
-            before = part.stat().st_size if part.exists() else 0
-            try:
-                told = _attempt(job, part, report, stop, timeout)
-                digest = _verify(job, part, told)
-                _finish(part, path)
-                record(path, digest)
-                return path
-            except _Retry as error:
-                grew = part.exists() and part.stat().st_size > before
-                failures = 1 if grew else failures + 1
-                reason = str(error)
-            except ValueError as error:
-                if isinstance(error, InputError):
-                    raise
-                _discard(part, report)  # wrong bytes cannot be built upon
-                mismatches += 1
-                reason = str(error)
-            except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise InputError(f"the disk of {path.parent} is full; free some space and run again") from None
+        record(path, digest or _download(job, report, stop, timeout, backoff))
+    return path
+
+
+def _download(job: Job, report: Report, stop: threading.Event, timeout: float, backoff: float) -> str:
+    """Bring the file under its name, as often as it takes; its hash."""
+    path, part = job.path, job.path.with_name(job.path.name + ".part")
+    report(part.stat().st_size if part.exists() else 0, None)
+    failures = mismatches = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            told = _attempt(job, part, report, stop, timeout)
+            digest = _verify(job, part, told)
+            _finish(part, path)
+            return digest
+        except _Retry as error:
+            grew = part.exists() and part.stat().st_size > before
+            failures = 1 if grew else failures + 1
+            reason = str(error)
+        except ValueError as error:
+            if isinstance(error, InputError):
                 raise
-            if failures >= ATTEMPTS or mismatches >= 2:
-                raise InputError(f"cannot fetch {job.url}: {reason}; run again to go on") from None
-            if stop.wait(backoff ** (failures + mismatches) if backoff else 0):
-                raise Interrupted
+            _discard(part, report)  # wrong bytes cannot be built upon
+            mismatches += 1
+            reason = str(error)
+        if failures >= ATTEMPTS or mismatches >= 2:
+            raise InputError(f"cannot fetch {job.url}: {reason}; run again to go on")
+        if stop.wait(backoff ** (failures + mismatches) if backoff else 0):
+            raise Interrupted
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """What the disk says against writing a file, as a line of ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(f"the disk of {path.parent} is full; free some space and run again") from None
+        raise InputError(f"cannot write {path}: {error.strerror or error}; see to {path.parent}") from None
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def sift(source: ParquetSource, bad_shards: str) -> ParquetSource:
     if bad and (emptied or not skips):
         path = next(path for path in bad if not emptied or path in source.files[emptied[0]])
         more = f" ({len(bad) - 1} more are damaged too)" if len(bad) > 1 else ""
-        skip = "" if emptied else ", or leave it out: --bad_shards=skip"
+        skip = "" if emptied else ", or train without it: base_train --bad_shards=skip"
         raise Damaged(path, bad[path], source.way_out(path) + skip + more)
     if bad and files not in _left_out:
         _tell_left_out(source, bad, good["train"])
