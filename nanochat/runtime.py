@@ -235,6 +235,16 @@ def all_reduce(x: torch.Tensor, op: str = "sum") -> torch.Tensor:
     return x
 
 
+def is_same_everywhere(digest: str) -> bool:
+    """Whether all ranks have this hexadecimal digest. Call it on all."""
+    if not dist.is_initialized():
+        return True
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    number = int(digest[:15], 16)
+    most = all_reduce(torch.tensor([number, -number], device=device), "max")
+    return bool(most[0] == -most[1])
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()

@@ -32,7 +32,7 @@ class Shelf:
 @pytest.fixture(autouse=True)
 def base_dir(tmp_path, monkeypatch):
     for stage in (tok_train, tok_eval):
-        monkeypatch.setattr(stage, "open_source", lambda name: Shelf())
+        monkeypatch.setattr(stage, "open_source", lambda name, **settings: Shelf())
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     return tmp_path
 
