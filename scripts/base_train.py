@@ -9,6 +9,7 @@ Reads tokenizer/ and the data set; writes base_checkpoints/<tag>/.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -351,9 +352,8 @@ def evals_of(cfg: Decided, trainer: Trainer, source: Source) -> list[Any]:
 
     def validate(state: LoopState) -> None:
         model.eval()
-        loader = batches(cfg, rt, source, "val")
-        bpb = evaluate_bpb(model, itertools.islice(loader, eval_steps), token_bytes)
-        loader.close()
+        with contextlib.closing(batches(cfg, rt, source, "val")) as loader:
+            bpb = evaluate_bpb(model, itertools.islice(loader, eval_steps), token_bytes)
         state.record_val_bpb(bpb)
         print0(f"Step {state.step:05d} | Validation bpb: {bpb:.4f}")
         trainer.tracker.log(state.step, val_bpb=bpb)
@@ -368,9 +368,9 @@ def evals_of(cfg: Decided, trainer: Trainer, source: Source) -> list[Any]:
             trainer.tracker.log(state.step, core_metric=result.core_metric)
 
     def sample(state: LoopState) -> None:
-        if state.step and rt.is_master:
+        if state.step:
             model.eval()
-            for text in sample_texts(model, tokenizer):
+            for text in runtime.together(lambda: sample_texts(model, tokenizer) if rt.is_master else []):
                 print0(text)
 
     return [(cfg.eval_every, validate), (cfg.core_metric_every, core), (cfg.sample_every, sample)]

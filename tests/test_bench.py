@@ -259,8 +259,9 @@ def test_a_run_equals_a_plain_loop_that_never_warmed_up():
     assert found["tokens"] == 96 and found["seconds"] == pytest.approx(found["curve"][-1][1])
 
 
-def test_a_run_that_diverges_is_a_result_and_no_crash():
-    found = common.train_run(Setting(1, "plain", 0, {**TINY, "embedding_lr": 1e36}), tiny_plan(), tiny_text())
+def test_a_run_that_diverges_is_a_result_and_no_crash(monkeypatch):
+    monkeypatch.setattr(common, "accumulate", lambda *args: torch.tensor(float("nan")))
+    found = common.train_run(Setting(1, "plain", 0, TINY), tiny_plan(), tiny_text())
     assert found["bpb"] is None and json.dumps(found)
 
 
