@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -20,50 +19,40 @@ from torch.distributed.elastic.multiprocessing import PContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-STOPPED = 75  # nanochat.signals.EXIT_STOPPED
-# A rank may hang in a collective behind one that died. torchrun leaves it 30 s; with the time to notice, all must be
-# gone in 30.
+STOPPED = 75  # nanochat.signals.EXIT_STOPPED, the code of a rank that was stopped and has saved
+# A rank may hang in a collective behind one that died. torchrun would leave it 30 s; it shall be gone in 30 s, the time
+# to notice included.
 PATIENCE_SECONDS = 20
 
 
-def pass_signals_on(context: Any, close: Any = PContext.close, start: Any = PContext.start) -> None:
+def start(context: Any, start: Any = PContext.start) -> None:
     """Start the ranks, then take the signals over from torchrun, which has just asked for them."""
 
-    def send(number: int, frame: Any) -> None:
+    def pass_on(number: int, frame: Any) -> None:
         for pid in context.pids().values():
             with suppress(ProcessLookupError):  # it has ended
                 os.kill(pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
     start(context)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, send)
+        signal.signal(number, pass_on)
 
 
-def close_soon(context: Any, death_sig: Any = None, timeout: int = 30, close: Any = PContext.close) -> None:
+def close(context: Any, death_sig: Any = None, timeout: int = 30, close: Any = PContext.close) -> None:
+    """End the ranks, as torchrun does when one has failed."""
     close(context, death_sig, min(timeout, PATIENCE_SECONDS))
 
 
-def exit_code(codes: Iterable[int]) -> int:
-    """One code for those of the ranks that failed, the first one first; below zero stands the signal that ended one.
-
-    75 if one has saved and the others did too, or were ended afterwards. Otherwise that of the first.
-    """
-    codes = list(codes)
-    if STOPPED in codes and all(code == STOPPED or code < 0 for code in codes):
-        return STOPPED
-    return codes[0] if codes[0] > 0 else 128 - codes[0]
-
-
 def main() -> None:
-    PContext.start, PContext.close = pass_signals_on, close_soon  # type: ignore[method-assign]
+    ranks: Any = PContext
+    ranks.start, ranks.close = start, close
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
-        failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
-        code = exit_code(failure.exitcode for failure in failures)
-        if code != STOPPED:
+        _, first = error.get_first_failure()  # the others failed of it
+        if first.exitcode != STOPPED:
             print(error, file=sys.stderr, flush=True)
-        sys.exit(code)
+        sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)  # below zero: the signal that ended it
 
 
 if __name__ == "__main__":

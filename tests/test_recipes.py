@@ -437,6 +437,7 @@ def test_a_download_ends_with_its_run_and_is_begun_again_until_it_is_through(toy
     (toy.folder / "download.go").unlink()
     toy.go("train")
     started = toy.start_until("train ends")
+    wait_for(lambda: "done train" in (toy.base / "run" / "state").read_text())
     wait_for(lambda: "download begins" in toy.downloads)
     os.kill(started.pid, signal.SIGTERM)  # while the recipe waits for it
     stopped = toy.end(started)  # nothing of it is left
