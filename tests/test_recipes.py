@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -260,12 +261,34 @@ log.write(f"{name} ends\\n")
 ENDS_IN = 40  # seconds that anything may take on a busy machine
 
 
+@dataclass
+class Run:
+    """A recipe in a session of its own."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    err: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def left(self) -> list[psutil.Process]:
+        """What is still there of it and of all that it started."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+
 class Toy:
-    """Runs of the stand-in recipe, each in a session of its own, none of which is left at the end."""
+    """Runs of the stand-in recipe."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.base = folder, folder / "base"
-        self.sessions: list[int] = []
+        self.runs: list[Run] = []
         self.script = folder / "toy.sh"
         self.script.write_text(TOY.format(root=ROOT, folder=folder))
         (folder / "stage.py").write_text(STAGE)
@@ -292,51 +315,37 @@ class Toy:
     def pid(self, name: str) -> int:
         return int((self.folder / f"{name}.pid").read_text())
 
-    def start(self, *arguments: str, tier: str = "cpu", **environment: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, tier: str = "cpu", **environment: str) -> Run:
         given = {"NANOCHAT_BASE_DIR": str(self.base), "EVAL": "", "RATE": "--rate=1", **environment}
         path = f"{self.folder}:{sys.prefix}/bin:{os.environ['PATH']}"
-        started = subprocess.Popen(
-            ["bash", str(self.script), tier, *arguments],
-            env={**os.environ, **given, "PATH": path, "PYTHONPATH": str(self.folder / "modules")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self.sessions.append(started.pid)
-        return started
+        outputs = [self.folder / f"run{len(self.runs)}.{kind}" for kind in ("out", "err")]
+        with outputs[0].open("w") as out, outputs[1].open("w") as err:
+            process = subprocess.Popen(
+                ["bash", str(self.script), tier, *arguments],
+                env={**os.environ, **given, "PATH": path, "PYTHONPATH": str(self.folder / "modules")},
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        self.runs.append(Run(process, *outputs))
+        return self.runs[-1]
 
-    def end(self, started: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    def end(self, run: Run) -> subprocess.CompletedProcess[str]:
         """Wait for it, and for all that it started."""
-        out, err = started.communicate(timeout=ENDS_IN)
-        assert started.returncode is not None
-        wait_for(lambda: not self.left(started.pid))
-        return subprocess.CompletedProcess(started.args, started.returncode, out, err)
+        code = run.process.wait(ENDS_IN)
+        wait_for(lambda: not run.left())
+        return subprocess.CompletedProcess([], code, run.out.read_text(), run.err.read_text())
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.end(self.start(*arguments, **environment))
 
-    def start_until(self, line: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def start_until(self, line: str, *arguments: str, **environment: str) -> Run:
         """Start it, and return when the log has this line once more."""
         before = self.log.count(line)
-        started = self.start(*arguments, **environment)
-        wait_for(lambda: self.log.count(line) > before or started.poll() is not None)
-        assert started.poll() is None, started.communicate(timeout=ENDS_IN)
-        return started
-
-    def left(self, session: int) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
-
-    def clean(self) -> None:
-        for session in self.sessions:
-            for process in self.left(session):
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+        run = self.start(*arguments, **environment)
+        wait_for(lambda: self.log.count(line) > before or run.process.poll() is not None)
+        assert run.process.poll() is None, run.err.read_text()
+        return run
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -350,7 +359,11 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def toy(tmp_path: Path) -> Iterator[Toy]:
     one = Toy(tmp_path)
     yield one
-    one.clean()
+    for process in [process for run in one.runs for process in run.left()]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    for run in one.runs:
+        run.process.wait(ENDS_IN)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +411,7 @@ def test_a_second_ctrl_c_ends_a_stage_that_does_not_save(toy):
 def test_a_stage_that_does_not_know_signals_ends_at_once_and_is_run_again(toy):
     toy.go("train")
     started = toy.start(EVAL="; exec sleep 60")
-    wait_for(lambda: any(p.name() == "sleep" for p in toy.left(started.pid)))
+    wait_for(lambda: any(p.name() == "sleep" for p in started.left()))
     os.kill(started.pid, signal.SIGTERM)
     stopped = toy.end(started)
     assert stopped.returncode == 143
@@ -451,8 +464,8 @@ def test_a_download_ends_with_its_run_and_is_begun_again_until_it_is_through(toy
 
 def test_kill_9_of_the_recipe_blocks_nothing_and_its_stage_saves_before_the_next_run_goes_on(toy):
     started = toy.start_until("train begins")
-    started.kill()
-    started.wait(ENDS_IN)
+    started.process.kill()
+    started.process.wait(ENDS_IN)
     again = toy.start_until("train begins")
     assert toy.log[-3:] == ["train SIGTERM", "train saved", "train begins"]  # never two of them at once
     toy.go("train")
@@ -463,9 +476,9 @@ def test_kill_9_of_the_recipe_blocks_nothing_and_its_stage_saves_before_the_next
 
 def test_kill_9_of_recipe_and_stage_blocks_nothing(toy):
     started = toy.start_until("train begins")
-    started.kill()
+    started.process.kill()
     os.kill(toy.pid("train"), signal.SIGKILL)
-    started.wait(ENDS_IN)
+    started.process.wait(ENDS_IN)
     toy.go("train")
     assert toy.run().returncode == 0
     assert (toy.base / "run" / "lock").exists()  # the file stays; what locks is the kernel's
