@@ -79,6 +79,7 @@ begin() {
     if [ -n "$NEW" ] || [ -z "$last" ] || grep -qx through "$STATE"; then
         set_aside "$TAG" "${last##* }"
         printf '%s\n' "$this" "$AGAIN" >"$STATE.new"
+        sync "$STATE.new" # a power cut must not leave an empty one: what it tells of would be set aside
         mv "$STATE.new" "$STATE"
         echo "== a new run of $TAG in $BASE; if it is cut, the same command goes on with it"
     elif [ "$this" = "$last" ]; then
@@ -89,12 +90,12 @@ begin() {
     fi
 }
 
-# set_aside TAG...: a new run must not find the last one's work, nor destroy it. What is interrupted in here begins
-# again, as without a state there is no run to go on with.
+# set_aside TAG...: a new run must not find the last one's work, nor destroy it. That one is over from here on, so what
+# is interrupted begins again here, and finds in the state whose work it is.
 set_aside() {
     local tag part parts=(tokenizer report)
     for tag in "$@"; do parts+=({base,mid,chatsft,chatrl}_checkpoints/"$tag"); done
-    rm -f "$STATE"
+    [ ! -e "$STATE" ] || echo through >>"$STATE"
     for part in "${parts[@]}"; do
         [ "${part%/}" = "$part" ] && [ -e "$BASE/$part" ] || continue # no tag, or nothing there
         rm -rf "$BASE/previous/$part"
@@ -126,7 +127,7 @@ locked() { # locked SECONDS: take the lock on descriptor 9, waiting so long for 
     attend python -c '
 import fcntl, sys, time
 
-until = time.monotonic() + float(sys.argv[1] or 0)
+until = time.monotonic() + float(sys.argv[1])
 while True:
     try:
         fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -495,6 +495,15 @@ def test_two_runs_in_one_base_directory_at_once_are_refused_and_the_first_is_not
     assert toy.log.count("train begins") == 1
 
 
+def cut(toy: Toy, *, last_stage: bool = True) -> None:
+    """A run that was cut in its last stage, or just after it."""
+    toy.go("train")
+    assert toy.run().returncode == 0
+    state = toy.base / "run" / "state"
+    lines = [line for line in state.read_text().splitlines() if line != "through"]
+    state.write_text("\n".join(lines[: -1 if last_stage else None]) + "\n")
+
+
 def test_after_a_run_that_was_through_a_new_one_begins_and_the_last_one_is_set_aside(toy):
     toy.go("train")
     base = toy.base
@@ -527,34 +536,24 @@ def test_new_sets_a_run_that_was_cut_aside(toy):
     assert (toy.base / "previous" / "base_checkpoints" / "d2").is_dir()
 
 
-def test_a_new_run_that_was_cut_while_it_set_the_last_one_aside_loses_nothing(toy):
-    toy.go("train")
-    assert toy.run().returncode == 0
-    (toy.base / "run" / "state").unlink()  # as set_aside begins; the tokenizer was moved, the checkpoints were not yet
+def test_a_new_run_that_was_cut_while_it_set_the_last_one_aside_begins_again_and_loses_nothing(toy):
+    cut(toy)
+    with (toy.base / "run" / "state").open("a") as state:
+        state.write("through\n")  # as --new begins; the tokenizer was moved, the checkpoints were not yet
     (toy.base / "previous" / "tokenizer").mkdir(parents=True)
     (toy.base / "base_checkpoints" / "d2").mkdir(parents=True)
-    assert toy.run().stdout.startswith("== a new run")
+    assert toy.run(MODEL="d4").stdout.startswith("== a new run of d4")
     assert (toy.base / "previous" / "tokenizer").is_dir()
     assert (toy.base / "previous" / "base_checkpoints" / "d2").is_dir()
 
 
 def test_a_run_that_was_cut_before_its_first_stage_ended_goes_on(toy):
-    toy.go("train")
-    assert toy.run().returncode == 0
+    cut(toy)
     state = toy.base / "run" / "state"
-    state.write_text("".join(state.read_text(encoding="utf-8").splitlines(keepends=True)[:2]))
+    state.write_text("".join(state.read_text().splitlines(keepends=True)[:2]))
     resumed = toy.run()
     assert resumed.stdout.startswith("== going on with")
     assert toy.log.count("train begins") == 2
-
-
-def cut(toy: Toy, *, last_stage: bool = True) -> None:
-    """A run that was cut in its last stage, or just after it."""
-    toy.go("train")
-    assert toy.run().returncode == 0
-    state = toy.base / "run" / "state"
-    lines = [line for line in state.read_text().splitlines() if line != "through"]
-    state.write_text("\n".join(lines[: -1 if last_stage else None]) + "\n")
 
 
 def test_another_recipe_does_not_displace_a_run_that_was_cut(toy):
