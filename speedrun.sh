@@ -60,7 +60,7 @@ background shards python -m nanochat.dataset -n 240
 stage tok_train python -m scripts.tok_train --max_chars=2_000_000_000
 stage tok_eval python -m scripts.tok_eval
 await shards
-ranks base_train scripts.base_train --run="$WANDB_RUN" --depth=20 --device_batch_size=$ROWS --save_every=4000 --resume=auto
+ranks base_train scripts.base_train --run="$WANDB_RUN" --depth=20 --device_batch_size=$ROWS --resume=auto
 ranks base_loss scripts.base_loss --model_tag="$TAG" --device_batch_size=$ROWS
 ranks base_eval scripts.base_eval --model_tag="$TAG"
 ranks mid_train scripts.mid_train --run="$WANDB_RUN" --model_tag="$TAG" --device_batch_size=$ROWS --resume=auto
