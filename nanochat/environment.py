@@ -22,7 +22,8 @@ def print0(*args: Any, **kwargs: Any) -> None:
     """print on rank 0. A run goes on when its terminal is gone."""
     if is_master():
         with contextlib.suppress(OSError):
-            print(*args, flush=True, **kwargs)
+            # one write, so that lines of two threads do not mix
+            print(" ".join(map(str, args)) + "\n", end="", flush=True, **kwargs)
 
 
 def base_dir() -> Path:

@@ -145,11 +145,11 @@ class Saver:
         theirs = [step for step in checkpoint.steps(self.directory) if step > self.begun_step or not self.begun_step]
         if theirs:
             previous = self.directory.parent.parent / "previous" / self.directory.parent.name / self.directory.name
-            shutil.rmtree(previous, ignore_errors=True)
-            previous.mkdir(parents=True)
+            previous.mkdir(parents=True, exist_ok=True)
             for step in theirs:
                 path = checkpoint.step_path(self.directory, step)
-                path.rename(previous / path.name)
+                shutil.rmtree(previous / path.name, ignore_errors=True)
+                shutil.move(path, previous / path.name)  # the folders may be on two disks
             print0(f"Set aside {len(theirs)} checkpoints of an earlier run: they are in {previous}")
 
     def _remove_old(self) -> None:

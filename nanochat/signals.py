@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 import torch
@@ -25,7 +25,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
 
 
 class CutShort(BaseException):
-    """A stop signal came within StopSignals.cutting_short(). No Exception: what survives errors must not survive it."""
+    """A stop signal came within StopSignals.run_unless_told(). No Exception: what survives errors must not survive it."""
 
 
 def _tell(line: str) -> None:
@@ -71,15 +71,15 @@ class StopSignals:
             return self.name is not None
         return bool(all_reduce(torch.tensor([float(self.name is not None)], device=self.rt.device), "max").item())
 
-    @contextlib.contextmanager
-    def cutting_short(self) -> Iterator[None]:
-        """What is done within, an evaluation, ends as soon as a signal comes: nothing of it must be kept. With several
-        ranks it goes on to its end, as the others may wait for this one in the middle of it."""
+    def run_unless_told(self, work: Callable[[], None]) -> None:
+        """An evaluation: it ends as soon as a signal comes, and nothing of it must be kept. With several ranks it goes
+        on to its end, as the others may wait for this one in the middle of it."""
         try:
-            if self.name is None:
-                self._cuts_short = self.rt.world_size == 1
-                yield
+            try:
+                self._cuts_short = self.rt.world_size == 1  # before the look, so that no signal falls between
+                if not (self._cuts_short and self.name):
+                    work()
+            finally:
+                self._cuts_short = False
         except CutShort:
             pass
-        finally:
-            self._cuts_short = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nanochat.curves import log_curve
+from nanochat.environment import print0
 from nanochat.runtime import Runtime
 
 DUMMY = "dummy"  # the run name that means "no wandb"
@@ -24,7 +25,10 @@ class Tracker:
         if self.is_master:
             log_curve(self.stage, step, **values)
         if self.wandb is not None:
-            self.wandb.log({"step": step, **values})
+            try:
+                self.wandb.log({"step": step, **values})
+            except Exception as error:  # whatever it is, it must not end the run
+                self.wandb = print0(f"warning: nothing more is logged to wandb: {error}")
 
     def finish(self) -> None:
         if self.wandb is not None:

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -78,8 +79,7 @@ def train_loop(
                     if (last or state.step % every == 0) and not stop.agreed():
                         if saver is not None:
                             saver.wait()
-                        with stop.cutting_short():
-                            survive(evaluate, state, rt)
+                        stop.run_unless_told(partial(survive, evaluate, state, rt))
                 if stop.agreed():
                     break
                 if last:

@@ -69,12 +69,21 @@ def test_an_evaluation_is_cut_short_and_those_after_it_are_left_out(tmp_path):
 
 
 def test_an_evaluation_of_several_ranks_ends_first(tmp_path):
+    reached: list[str] = []
+
+    def slow() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append("the end")
+
     with signals.StopSignals(Runtime(RT.device, RT.dtype, world_size=2)) as stop:
-        reached = False
-        with stop.cutting_short():
-            os.kill(os.getpid(), signal.SIGTERM)
-            reached = True
-    assert reached and stop.name == "SIGTERM"
+        stop.run_unless_told(slow)
+    assert reached == ["the end"] and stop.name == "SIGTERM"
+
+
+def test_an_evaluation_is_not_begun_once_a_signal_came():
+    with signals.StopSignals(RT) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.run_unless_told(lambda: pytest.fail("it was begun"))
 
 
 def test_a_signal_after_the_last_step_loses_nothing_and_the_rest_is_done_on_resume(tmp_path):
