@@ -1,0 +1,175 @@
+"""The command. See the package."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy.ma  # noqa: F401  # what a life would import late
+import psutil  # noqa: F401
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from nanochat import runtime
+from scripts import base_train, tok_train
+from tests.chaos.campaign import HAS_GUARDS, SETTINGS, STEPS, Campaign, Reference, Tally, directory, flags
+from tests.chaos.faults import BatchFaults, Strike, install
+from tests.chaos.lives import fork, live
+
+FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NANOCHAT_HUB_DIR", "NANOCHAT_TIMEOUT_MINUTES")
+WORDS = "a the cat dog sea sun moon river of is was red old big small two three near runs sees in on paris rome".split()
+
+
+def write_data(home: Path) -> Path:
+    """A data set of two parquet files and its tokenizer, both in home. The training text is shorter than the run: it
+    goes through several units of the loader, and into a second pass."""
+    rng, data = random.Random(0), home / "text"
+    data.mkdir()
+    for name, count in (("a.parquet", 240), ("b.parquet", 40)):
+        texts = [" ".join(rng.choices(WORDS, k=rng.randint(3, 40))).capitalize() + "." for _ in range(count)]
+        pq.write_table(pa.table({"text": texts}), data / name, row_group_size=16)
+
+    def main(rank: int) -> None:
+        tok_train.main([f"--dataset={data}", "--vocab_size=300"])
+
+    death = live(main, 1, home, home / "tok_train", rng)
+    assert death.codes == [0], death.logs[0].read_text()
+    return data
+
+
+def refer(home: Path, data: Path, arch: str, batches: BatchFaults, name: str) -> tuple[Reference, list[str]]:
+    """A run that nobody disturbs; also the digests of its batches in order."""
+    base, record = home / name, home / f"{name}.digests"
+    base.mkdir()
+    shutil.copytree(home / "tokenizer", base / "tokenizer")
+
+    def main(rank: int) -> None:
+        install(Strike(), rank, directory(base), batches, record)
+        base_train.main(flags(data, arch, save_every=1))
+
+    death = live(main, 1, base, base / "run", random.Random(0))
+    assert death.codes == [0], death.logs[0].read_text()
+    return Reference(base, batches, death.seconds, death.cpu_seconds), record.read_text().split()
+
+
+def faulty_batches(digests: list[str], rng: random.Random) -> BatchFaults:
+    """One pass of a step, and both of another, without targets; where guards are there, one that is poisoned."""
+    one, both, poisoned = rng.sample(range(2, STEPS - 2), 3)
+    masked = {digests[2 * one + rng.randrange(2)], digests[2 * both], digests[2 * both + 1]}
+    return BatchFaults(frozenset(masked), frozenset([digests[2 * poisoned]] if HAS_GUARDS else []))
+
+
+def references(home: Path, data: Path, wanted: set[tuple[str, bool]], seed: int) -> dict[tuple[str, bool], Reference]:
+    found = {}
+    for arch in sorted({arch for arch, _ in wanted}):
+        found[arch, False], digests = refer(home, data, arch, BatchFaults(), f"reference-{arch}")
+        if (arch, True) in wanted:
+            batches = faulty_batches(digests, random.Random(seed))
+            found[arch, True], _ = refer(home, data, arch, batches, f"reference-{arch}-faulty")
+    return found
+
+
+def run_one(seed: int, number: int, home: Path, data: Path, refs: dict[tuple[str, bool], Reference]) -> Tally:
+    """A campaign; a failure becomes a line of its tally, and its directory stays."""
+    campaign = Campaign(seed, number, home, data, refs)
+    try:
+        campaign.run()
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            raise
+        detail = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
+        again = f"python -m tests.chaos --seed={seed} --campaign={number}"
+        story = "\n    ".join(campaign.story)
+        campaign.tally.failures.append(f"{detail}\n    {story}\n  again: {again}\n  kept: {campaign.base}")
+    else:
+        shutil.rmtree(campaign.base)
+    return campaign.tally
+
+
+def run_all(args: argparse.Namespace, home: Path, data: Path, refs: dict[tuple[str, bool], Reference]) -> Tally:
+    """Campaigns side by side, each in a process of its own, until enough lives were disturbed."""
+    total, running, number = Tally(), {}, 0
+    try:
+        while True:
+            enough = total.lives >= args.lives or total.failures
+            while not enough and len(running) < args.jobs:
+                answer = home / f"campaign-{number:03d}.json"
+
+                def work(number: int = number, answer: Path = answer) -> int:
+                    tally = run_one(args.seed, number, home, data, refs)
+                    answer.write_text(json.dumps(dataclasses.asdict(tally)))
+                    return 0
+
+                running[fork(work, home / f"campaign-{number:03d}.log")] = answer
+                number += 1
+            if not running:
+                return total
+            pid, status = os.wait()
+            answer = running.pop(pid)
+            if status:
+                log = answer.with_suffix(".log").read_text()
+                total.failures.append(f"a campaign ended by itself ({status}): {log}")
+                continue
+            total.add(Tally(**json.loads(answer.read_text())))
+            if args.verbose:
+                print(f"{answer.stem}: {total.lives} lives", flush=True)
+    finally:
+        for pid in running:  # their lives die with them
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+
+
+def table(total: Tally, seconds: float) -> str:
+    rows = {f.name: getattr(total, f.name) for f in dataclasses.fields(total) if f.name != "failures"}
+    rows["bit_equal_ends"] = f"{total.bit_equal_ends} of {total.campaigns}"
+    rows["longest_linger"] = f"{total.longest_linger:.1f} s"
+    rows["seconds"] = f"{seconds:.0f}"
+    return "\n".join(["| | |", "|---|---|", *(f"| {k.replace('_', ' ')} | {v} |" for k, v in rows.items())])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--lives", type=int, default=200, help="lives to disturb, at least (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default %(default)s)")
+    parser.add_argument("--campaign", type=int, help="this one only")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="campaigns at a time (default: a core each)"
+    )
+    parser.add_argument("--dir", type=Path, help="where to work; kept (default: a temporary one, kept on failure)")
+    parser.add_argument("--verbose", action="store_true", help="a line a campaign")
+    args = parser.parse_args(argv)
+    begun = time.monotonic()
+    os.environ["NANOCHAT_DTYPE"] = "float32"
+    for name in FOREIGN:
+        os.environ.pop(name, None)
+    torch.set_num_threads(1)
+    runtime._cpu_flops = lambda dtype: 1e11  # mfu is not our subject, and measuring it takes a second  # type: ignore
+    home = args.dir or Path(tempfile.mkdtemp(prefix="nanochat-chaos-"))
+    home.mkdir(parents=True, exist_ok=True)
+    data = write_data(home)
+    some = SETTINGS if args.campaign is None else [SETTINGS[args.campaign % len(SETTINGS)]]
+    refs = references(home, data, {(s.arch, s.has_batch_faults) for s in some}, args.seed)
+    if args.campaign is None:
+        total = run_all(args, home, data, refs)
+    else:
+        total = run_one(args.seed, args.campaign, home, data, refs)
+    print(table(total, time.monotonic() - begun))
+    for failure in total.failures:
+        print(f"FAILED (seed {args.seed}): {failure}")
+    if not total.failures and args.dir is None:
+        shutil.rmtree(home)
+    return 1 if total.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
