@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bench.packed import Batch, Text, to_batch
 from bench.results import Task, words
-from nanochat import checkpoint, fp8, runtime, scaling
+from nanochat import checkpoint, fp8, guards, runtime, scaling
 from nanochat.config import InputError
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
@@ -226,15 +226,16 @@ class Built:
         self.forward = compiled(self.model, self.rt, plan.compile)
         self.optimizer = make_optimizer(self.model, self.recipe, self.rt)
 
-    def optimize(self, step: int) -> None:
+    def optimize(self, step: int, loss: Tensor) -> None:
+        """Guarded, as in the training loop; a loss that is no number ends a benchmark, so nobody asks."""
         self.optimizer.set_lr(*scaling.schedule(self.recipe, step, self.plan.steps))
-        self.optimizer.step(self.recipe.grad_clip or None)
+        self.optimizer.step(self.recipe.grad_clip or None, loss, (guards.LARGEST, guards.LARGEST))
 
     def step(self, batches: Sequence[Batch], step: int) -> Tensor:
         """One optimizer step; returns the loss (), nats a target. Does not wait for the device."""
         self.model.train()
         loss = accumulate(self.forward, batches, 1, self.rt.device)
-        self.optimize(step)
+        self.optimize(step, loss)
         return loss
 
     def timed_step(self, batches: Sequence[Batch], step: int) -> tuple[float, float]:

@@ -134,7 +134,7 @@ def _parts(built: Built, batches: Sequence[Batch], step: int) -> tuple[float, fl
         runtime.synchronize(device)
         forward, backward = forward + t1 - t0, backward + time.perf_counter() - t1
     t0 = time.perf_counter()
-    built.optimize(step)
+    built.optimize(step, loss.detach())
     runtime.synchronize(device)
     return forward, backward, time.perf_counter() - t0
 

@@ -16,20 +16,17 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanochat.config import InputError
 from nanochat.environment import base_dir
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import Runtime, barrier
+from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer, get_tokenizer
-
-if TYPE_CHECKING:
-    from nanochat.optim import MuonAdamW
 
 FORMAT = 1
 DIRECTORIES = {
@@ -40,7 +37,13 @@ DIRECTORIES = {
 }
 TRAINED_BY = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 OLD = ".old"  # a checkpoint that is being replaced by another of the same step
+STAGING = ".staging-"  # what is being written or removed
+MANIFEST_ROOM = 1 << 20  # bytes
 STEP_NAME = re.compile(r"step_(\d{6,})(\.old)?")
+
+
+class OtherFormat(InputError):
+    """A checkpoint that is not damaged, but not for this version either."""
 
 
 @dataclass
@@ -57,45 +60,80 @@ def tag_directory(source: str, tag: str) -> Path:
     return base_dir() / DIRECTORIES[source] / tag
 
 
-def save(
-    rt: Runtime,
+def host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory, to be written while training goes on."""
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def write(
     directory: Path,
     step: int,
-    model: nn.Module,
-    optimizer: MuonAdamW | None,
+    weights: dict[str, Tensor],
+    optim_state: dict[str, Tensor] | None,
     meta: dict[str, Any],
 ) -> Path:
-    """Write directory/step_NNNNNN; returns when it is whole and in place. Call it on all ranks.
+    """Write directory/step_NNNNNN; returns when it is whole and in place, for one process at a time.
 
     Args:
         meta: JSON-able; stored in the manifest beside step, sizes and hashes.
+
+    Raises:
+        InputError: weights that are not finite, or too little room on the disk. Nothing is left behind.
+        OSError, SafetensorError: the disk failed. Nothing is left behind.
     """
-    path = directory / _step_name(step)
-    optim_state = optimizer.state_dict() if optimizer is not None else None
-    if rt.is_master:
-        directory.mkdir(parents=True, exist_ok=True)
-        for killed in directory.glob(".staging-*"):  # one run at a time writes to a tag
-            shutil.rmtree(killed, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=directory))
-        try:
-            _write(staging, step, model.state_dict(), optim_state, meta)
-            _put_in_place(staging, path)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-    barrier()
+    broken = [name for name, w in weights.items() if not torch.linalg.vector_norm(w.float()).isfinite()]
+    if broken:
+        raise InputError(f"{', '.join(broken[:3])} hold values that are not finite")
+    directory.mkdir(parents=True, exist_ok=True)
+    for killed in directory.glob(f"{STAGING}*"):
+        shutil.rmtree(killed, ignore_errors=True)
+    require_room(directory, num_bytes(weights) + num_bytes(optim_state or {}))
+    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=directory))
+    try:
+        _write(staging, step, weights, optim_state, meta)
+        path = directory / _step_name(step)
+        _put_in_place(staging, path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     return path
+
+
+def num_bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def require_room(directory: Path, wanted: int) -> None:
+    """
+    Raises:
+        InputError: fewer bytes are free there than a checkpoint takes.
+    """
+    free, wanted = shutil.disk_usage(directory).free, wanted + MANIFEST_ROOM
+    if free < wanted:
+        raise InputError(
+            f"a checkpoint takes {wanted / 2**20:,.0f} MiB and {directory} has {free / 2**20:,.0f} MiB free; "
+            "make room, or set NANOCHAT_BASE_DIR to another disk"
+        )
 
 
 def _put_in_place(staging: Path, path: Path) -> None:
     """Rename. A checkpoint of the same step stays loadable under its old name until the new one is there."""
     old = path.with_name(path.name + OLD)
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         path.rename(old)
     staging.rename(path)
     _fsync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, if it is one: what is not ours stays. It is out of sight before its first file goes."""
+    if (path / "manifest.json").exists():
+        doomed = path.with_name(f"{STAGING}{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _write(
@@ -111,7 +149,7 @@ def _write(
         contents["optim.safetensors"] = optim_state
     files = {}
     for name, tensors in contents.items():
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, staging / name)
+        save_file(tensors, staging / name)
         _fsync(staging / name)
         files[name] = {"bytes": (staging / name).stat().st_size, "sha256": _sha256(staging / name)}
     manifest = {"format": FORMAT, "step": step, "files": files, **meta}
@@ -153,14 +191,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise InputError(f"damaged checkpoint {path}: manifest.json is not ours; delete the directory")
     if manifest["format"] != FORMAT:
-        raise InputError(f"checkpoint {path} has format {manifest['format']}; this version reads {FORMAT}")
+        raise OtherFormat(
+            f"checkpoint {path} has format {manifest['format']}; this version reads {FORMAT}: use the version of "
+            "nanochat that wrote it"
+        )
     if not isinstance(manifest.get("files"), dict):
         raise InputError(f"damaged checkpoint {path}: manifest.json lists no files; delete the directory")
     return manifest
 
 
-def load(path: Path, with_optimizer: bool = False) -> Checkpoint:
-    """Read a checkpoint, every file verified by size and hash.
+def load(path: Path, with_optimizer: bool = False, verify: bool = True) -> Checkpoint:
+    """Read a checkpoint, every file verified by size and hash, unless another rank did it.
 
     Raises:
         InputError: it is missing or damaged.
@@ -172,7 +213,8 @@ def load(path: Path, with_optimizer: bool = False) -> Checkpoint:
         expected, file = manifest["files"].get(name), path / name
         if expected is None:
             raise InputError(f"checkpoint {path} holds no {name}; it cannot be resumed from")
-        if not file.exists() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        is_whole = file.exists() and file.stat().st_size == expected["bytes"]
+        if not is_whole or (verify and _sha256(file) != expected["sha256"]):
             raise InputError(f"damaged checkpoint {path}: {name} does not match its manifest; delete the directory")
         tensors[name] = load_file(file)
     return Checkpoint(path, tensors["model.safetensors"], tensors.get("optim.safetensors"), manifest)

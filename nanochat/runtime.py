@@ -84,15 +84,20 @@ def autodetect_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _compute_dtype(device_type: str) -> torch.dtype:
+def given_dtype() -> torch.dtype | None:
+    """NANOCHAT_DTYPE."""
     name = os.environ.get("NANOCHAT_DTYPE")
-    if name is not None:
-        if name not in DTYPES:
-            raise InputError(f"NANOCHAT_DTYPE={name} is not known; use one of {', '.join(DTYPES)}")
-        return DTYPES[name]
+    if name is not None and name not in DTYPES:
+        raise InputError(f"NANOCHAT_DTYPE={name} is not known; use one of {', '.join(DTYPES)}")
+    return None if name is None else DTYPES[name]
+
+
+def _compute_dtype(device_type: str, timed: bool = True) -> torch.dtype:
+    if (given := given_dtype()) is not None:
+        return given
     if device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
         return torch.bfloat16
-    if device_type == "cpu" and bf16_gain() >= BF16_GAIN:
+    if device_type == "cpu" and timed and bf16_gain() >= BF16_GAIN:
         return torch.bfloat16
     return torch.float32
 
@@ -143,8 +148,13 @@ def require_fp8(runtime: Runtime) -> None:
     raise InputError(f"--fp8 needs a GPU of compute capability {needed} or more, and {have}; leave it out")
 
 
-def start(device_type: str | None = None, seed: int = 42) -> Runtime:
+def start(device_type: str | None = None, seed: int = 42, deterministic: bool = False) -> Runtime:
     """Pick the device, join the process group when launched by torchrun, seed torch.
+
+    Args:
+        deterministic: the same command gives the same result to the bit on the same machine: no kernel that adds in
+            the order of arrival, and no dtype that was chosen by timing (a CPU computes in fp32 unless NANOCHAT_DTYPE
+            says otherwise).
 
     Raises:
         InputError: the device is unknown or absent.
@@ -175,7 +185,10 @@ def start(device_type: str | None = None, seed: int = 42) -> Runtime:
         dist.init_process_group(backend, timeout=timeout(), **kwargs)
         dist.barrier()
     torch.manual_seed(seed)
-    dtype = _agreed(_compute_dtype(device_type), device)
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS; read at its first use
+    dtype = _agreed(_compute_dtype(device_type, timed=not deterministic), device)
     return Runtime(device, dtype, rank, local_rank, world_size, local_world_size)
 
 

@@ -1,31 +1,35 @@
-"""The one training loop: accumulation, schedules, timing, checkpoints, resume. Stages bring data, model and evals."""
+"""The one training loop: accumulation, schedules, timing, checkpoints, stops. Stages bring data, model and evals."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import gc
+import itertools
 import math
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from nanochat import checkpoint
+from nanochat import guards
 from nanochat.config import InputError
 from nanochat.environment import print0
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
+from nanochat.resume import SMOOTHING, LoopState
 from nanochat.runtime import Runtime, all_reduce, memory_advice, peak_flops, synchronize
+from nanochat.saver import Saver
+from nanochat.signals import EXIT_STOPPED, StopSignals
 from nanochat.tracking import Tracker
 
 WARMUP_STEPS_UNTIMED = 10  # steps that compile and warm caches: not in the training time, as in the reference
 SECONDS_PER_LINE = 1.0
-SMOOTHING = 0.9  # of the printed loss
-
+CPU = Runtime(torch.device("cpu"), torch.float32)
 
 Batch = tuple[Tensor, ...]  # (inputs, targets) or (inputs, targets, weights)
 
@@ -39,48 +43,75 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
-@dataclass
-class LoopState:
-    """All that a resumed run must know of the loop; a checkpoint stores exactly these fields."""
-
-    step: int = 0
-    train_seconds: float = 0.0  # without the untimed first steps
-    timed_tokens: int = 0  # tokens of the timed steps
-    loss: float = float("nan")  # nats per target, last step
-    smooth_loss: float = 0.0  # biased moving average; debiased() corrects it
-    val_bpb: float | None = None
-    min_val_bpb: float | None = None
-
-    def debiased(self) -> float:
-        return self.smooth_loss / (1 - SMOOTHING**self.step) if self.step else float("nan")
-
-    def record_val_bpb(self, bpb: float) -> None:
-        self.val_bpb = bpb
-        self.min_val_bpb = bpb if self.min_val_bpb is None else min(bpb, self.min_val_bpb)
-
-
-Hook = Callable[[LoopState], None]
+Evaluation = Callable[[LoopState], None]
 
 
 def train_loop(
     state: LoopState,
     step_fn: Callable[[LoopState], None],
     is_last: Callable[[LoopState], bool],
-    hooks: Sequence[tuple[int | None, Hook]] = (),
+    evals: Sequence[tuple[int | None, Evaluation]] = (),
+    saver: Saver | None = None,
+    cursor: Callable[[], Any] = lambda: None,
+    rt: Runtime = CPU,
 ) -> LoopState:
-    """Run optimizer steps until is_last. A hook has a period in steps (None = never); each also runs once after
-    the last step. Hooks run in order, so the one that saves comes first: an eval that dies loses nothing, and runs
-    again when the run is resumed from that save."""
-    active = [(every, hook) for every, hook in hooks if every is not None]
-    while True:
-        last = is_last(state)
-        for every, hook in active:
-            if last or state.step % every == 0:
-                hook(state)
-        if last:
-            return state
-        step_fn(state)
-        state.step += 1
+    """Run optimizer steps until is_last.
+
+    An evaluation has a period in steps (None = never); each also runs once after the last step. What is to be saved at
+    a step is on the disk before the first evaluation of that step begins, and one that dies is reported and survived.
+    A stop signal saves at the next boundary between two steps.
+
+    Raises:
+        SystemExit: with signals.EXIT_STOPPED after a stop signal.
+        InputError: the last checkpoint could not be written, or a step refused to go on.
+    """
+    due = [(every, evaluate) for every, evaluate in evals if every is not None]
+    with StopSignals(rt) as stop:
+        try:
+            if saver is not None:
+                saver.prepare()
+            while not stop.agreed():
+                last = is_last(state)
+                if saver is not None and (last or saver.is_due(state)):
+                    saver.save(state, cursor())
+                for every, evaluate in due:
+                    if (last or state.step % every == 0) and not stop.agreed():
+                        if saver is not None:
+                            saver.wait()
+                        with stop.cutting_short():
+                            survive(evaluate, state)
+                if stop.agreed():
+                    break
+                if last:
+                    if saver is not None:
+                        saver.finish()
+                    return state
+                step_fn(state)
+                state.step += 1
+            if saver is not None:
+                saver.save(state, cursor())
+                saver.finish()
+            print0(f"Stopped by {stop.name or 'another rank'} after step {state.step}; --resume=auto goes on from here")
+            raise SystemExit(EXIT_STOPPED)
+        finally:
+            if saver is not None:
+                saver.close()
+
+
+def survive(evaluate: Evaluation, state: LoopState) -> None:
+    """An evaluation that fails must not end the training: it is shown, and counted for the report."""
+    try:
+        evaluate(state)
+        return
+    except Exception as error:
+        traceback.print_exc()
+        name = evaluate.__name__
+        print0(f"warning: the evaluation {name!r} failed at step {state.step}, training goes on: {error}")
+        failures = state.outcome.setdefault("Evaluations that failed", {})
+        failures[name] = failures.get(name, 0) + 1
+    gc.collect()  # what the failed one held on the device goes now that its frames are gone
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def accumulate(
@@ -115,6 +146,45 @@ def accumulate(
     return all_reduce(total)
 
 
+def optimizer_step(
+    optimizer: MuonAdamW, loss: Tensor, state: LoopState, grad_clip: float | None, sigma: float | None
+) -> Callable[[Saver | None], bool]:
+    """Begin a guarded step.
+
+    Args:
+        loss: () mean over all ranks, on the device.
+        sigma: see guards.History.limits.
+
+    Returns:
+        What ends it: waits for the device, puts the loss into the state, says whether the step was taken.
+        It raises InputError when too many in a row were not.
+    """
+    limits = state.history.limits(sigma)
+    norm = optimizer.step(grad_clip, loss, limits)
+    assert optimizer.taken is not None
+    figures = torch.stack([loss.float(), norm.float(), optimizer.taken.float()])
+
+    def end(saver: Saver | None) -> bool:
+        history = state.history
+        state.loss, grad_norm, taken = figures.tolist()
+        if taken:
+            history.take(state.loss, grad_norm)
+            return True
+        optimizer.step_count -= 1
+        history.skip(grad_norm)
+        why = guards.reason(state.loss, grad_norm, limits)
+        print0(f"step {state.step + 1:05d} skipped: {why}; {history.skipped} in all, {history.in_a_row} in a row")
+        if history.in_a_row >= guards.MOST_IN_A_ROW:
+            good = f"; {saver.good()}" if saver is not None else ""
+            raise InputError(
+                f"step {state.step + 1}: {history.in_a_row} steps in a row were skipped, the last for {why}; lower the "
+                f"learning rates{good}"
+            )
+        return False
+
+    return end
+
+
 def compiles(rt: Runtime, wanted: bool | None) -> bool:
     """Whether to compile: on a GPU unless told not to, on a CPU when asked for and a C++ compiler is there."""
     if wanted is None:
@@ -140,13 +210,13 @@ class Trainer:
     optimizer: MuonAdamW
     loader: Loader
     tracker: Tracker
-    directory: Path  # of the checkpoints
-    meta: dict[str, Any]  # stored with each checkpoint
+    saver: Saver | None  # None = nothing is saved
     tokens_per_step: int | None  # None = counted per step (rows of varying length)
     schedule: Callable[[LoopState], tuple[float, float | None]]
     grad_accum_steps: int = 1
     num_iterations: int | None = None  # None = until the loader ends
     grad_clip: float | None = None
+    guard_sigma: float | None = guards.SIGMA  # None = only what is not finite is skipped
     flops_per_token: int = 0
     compile: bool | None = False
     state: LoopState = field(default_factory=LoopState)
@@ -156,83 +226,88 @@ class Trainer:
         self.peak = peak_flops(self.rt)
         self.cursor: Any = self.loader.cursor
         self.batches: Iterator[tuple[Tensor, Tensor]] = iter(self.loader)
-        self.pending: list[tuple[Tensor, Tensor]] | None = None
+        self.pending: list[tuple[Tensor, Tensor]] | Exception | None = None
         self.mfu = 0.0
         self.last_line = -math.inf
         self.begun = time.perf_counter()
         self.begun_step = self.state.step
 
-    def run(self, hooks: Sequence[tuple[int | None, Hook]] = ()) -> LoopState:
-        """Train to the end. Every checkpoint is written before the evals of its step."""
+    def run(self, evals: Sequence[tuple[int | None, Evaluation]] = ()) -> LoopState:
+        """Train to the end."""
         if self.num_iterations is None:
             self._prefetch()
-        return train_loop(self.state, self._step, self.is_last, hooks)
+        return train_loop(self.state, self._step, self.is_last, evals, self.saver, lambda: self.cursor, self.rt)
 
     def is_last(self, state: LoopState) -> bool:
         if self.num_iterations is not None:
             return state.step >= self.num_iterations
         return not self.pending
 
-    def save(self, state: LoopState) -> None:
-        if state.step and state.step == self.begun_step:
-            return  # resumed from this very checkpoint
-        path = checkpoint.save(
-            self.rt,
-            self.directory,
-            state.step,
-            self.model,
-            self.optimizer,
-            {**self.meta, "loop_state": dataclasses.asdict(state), "loader_cursor": self.cursor},
-        )
-        print0(f"Saved {path}")
-
     def _prefetch(self) -> None:
-        """Take the next step's micro-batches; none are left after the loader's end (a short last step is kept)."""
-        taken: list[tuple[Tensor, Tensor]] = []
-        for _ in range(self.grad_accum_steps):
-            batch = next(self.batches, None)
-            if batch is None:
-                break
-            taken.append(batch)
-        self.pending = taken
+        """Take the next step's micro-batches; none are left after the loader's end (a short last step is kept). An
+        error is the next step's too: this one is whole."""
+        try:
+            self.pending = list(itertools.islice(self.batches, self.grad_accum_steps))
+        except Exception as error:
+            self.pending = error
+
+    @contextlib.contextmanager
+    def _losing_nothing(self) -> Iterator[None]:
+        """Until the update begins, weights, state and cursor are those of the last boundary: an error (damaged text, no
+        memory) ends the run, but first they are saved. With several ranks that cannot be: the others may be gone."""
+        try:
+            yield
+        except Exception:
+            if self.saver is not None and self.rt.world_size == 1:
+                self.saver.save(self.state, self.cursor)
+            raise
+
+    def _take(self) -> list[tuple[Tensor, Tensor]]:
+        """
+        Raises:
+            InputError: there is nothing left, or what the loader raised.
+        """
+        if self.pending is None:
+            self._prefetch()
+        if isinstance(self.pending, Exception):
+            raise self.pending
+        if not self.pending:
+            raise InputError("the data ended before the training did; lower --num_iterations")
+        return self.pending
 
     def _step(self, state: LoopState) -> None:
         t0 = time.perf_counter()
-        if self.pending is None:
-            self._prefetch()
-        batches = self.pending
-        if not batches:
-            raise InputError("the data ended before the training did; lower --num_iterations")
-        self.cursor = self.loader.cursor  # a checkpoint after this step goes on behind these batches
-        lrm, momentum = self.schedule(state)
-        self.optimizer.set_lr(lrm, momentum)
-        self.model.train()
-        with memory_advice(batches[0][0].size(0)):
-            loss = accumulate(self.forward, batches, self.rt.world_size, self.rt.device)
-            grad_norm = self.optimizer.step(self.grad_clip)
+        with self._losing_nothing():
+            batches = self._take()
+            behind = self.loader.cursor
+            lrm, momentum = self.schedule(state)
+            self.optimizer.set_lr(lrm, momentum)
+            self.model.train()
+            with memory_advice(batches[0][0].size(0)):
+                loss = accumulate(self.forward, batches, self.rt.world_size, self.rt.device)
+        taken = optimizer_step(self.optimizer, loss, state, self.grad_clip, self.guard_sigma)
+        self.cursor = behind
         self._prefetch()  # while the device works
-        state.loss = loss.item()  # waits for the device
-        if not math.isfinite(state.loss + grad_norm.item()):  # the weights are lost: nothing may be saved from here on
-            raise InputError(
-                f"step {state.step}: loss {state.loss}, gradient norm {grad_norm.item()}; lower the learning rates, "
-                f"and go on from the last checkpoint with --resume=auto"
-            )
+        is_taken = taken(self.saver)  # waits for the device
         synchronize(self.rt.device)
         dt = time.perf_counter() - t0
         tokens = self.tokens_per_step or sum(b[0].numel() for b in batches) * self.rt.world_size
         if state.step >= WARMUP_STEPS_UNTIMED:
             state.train_seconds += dt
             state.timed_tokens += tokens
-        state.smooth_loss = SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * state.loss
-        self._log(state, lrm, dt, tokens)
+        recent = state.loss if is_taken else state.debiased() if state.step else 0.0
+        state.smooth_loss = SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * recent
+        self._log(state, lrm, dt, tokens, is_taken)
 
-    def _log(self, state: LoopState, lrm: float, dt: float, tokens: int) -> None:
+    def _log(self, state: LoopState, lrm: float, dt: float, tokens: int, is_taken: bool) -> None:
         """One line and one JSON record; `state.step` is the step that just ran, counted from 0."""
         mfu = self._mfu(tokens, dt)
         self.mfu = self._mfu(state.timed_tokens, state.train_seconds) if state.train_seconds else mfu
         done, total = state.step + 1, self.num_iterations
         now = time.perf_counter()
-        self.tracker.log(done, loss=state.loss, lrm=lrm, dt=dt, tok_per_sec=tokens / dt, mfu=mfu)
+        history = state.history
+        new = {"loss": state.loss, "grad_norm": history.norms[-1]} if is_taken else {"skipped": history.skipped}
+        self.tracker.log(done, **new, lrm=lrm, dt=dt, tok_per_sec=tokens / dt, mfu=mfu)
         if now - self.last_line < SECONDS_PER_LINE and done != total and state.step > 0:
             return
         self.last_line = now
@@ -257,46 +332,3 @@ class Trainer:
 def muon_dtype(rt: Runtime) -> torch.dtype:
     """bf16 on a GPU and wherever we compute in it; fp32 elsewhere."""
     return torch.bfloat16 if rt.device.type == "cuda" else rt.dtype
-
-
-def resume_path(directory: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from: "none", "auto" (the last whole one, if any) or a step.
-
-    Raises:
-        InputError: neither of these, or no such step.
-    """
-    have = checkpoint.steps(directory)
-    if resume == "none":
-        return None
-    if resume == "auto":
-        for step in reversed(have):
-            path = checkpoint.step_path(directory, step)
-            try:
-                checkpoint.load(path, with_optimizer=True)
-                return path
-            except InputError as error:
-                print0(f"skipping: {error}")
-        return None
-    if not resume.isdigit() or int(resume) not in have:
-        listed = ", ".join(map(str, have)) or "none"
-        raise InputError(f"--resume {resume}: no such step in {directory} (there are: {listed}); use auto or none")
-    return checkpoint.step_path(directory, int(resume))
-
-
-def restore(path: Path, model: GPT, optimizer: MuonAdamW) -> tuple[LoopState, Any]:
-    """Load weights and optimizer state in place; returns (loop state, loader cursor) to go on with.
-
-    Raises:
-        InputError: the checkpoint is damaged, or of a model of other sizes.
-    """
-    saved = checkpoint.load(path, with_optimizer=True)
-    ours, theirs = model.config.to_dict(), saved.meta["model_config"]
-    other = {k: v for k, v in theirs.items() if ours.get(k) != v}
-    if other:
-        asked = {k: ours.get(k) for k in other}
-        raise InputError(f"checkpoint {path} has {other}, this run {asked}; resume with the same sizes or another tag")
-    model.load_state_dict(saved.model)
-    assert saved.optimizer is not None
-    optimizer.load_state_dict(saved.optimizer)
-    print0(f"Resuming from {path}")
-    return LoopState(**saved.meta["loop_state"]), saved.meta["loader_cursor"]

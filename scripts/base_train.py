@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from nanochat import checkpoint, runtime, scaling
+from nanochat import checkpoint, guards, resume, runtime, scaling
 from nanochat.attention import describe
+from nanochat.checkpoint import Checkpoint
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.loader import PackingLoader
 from nanochat.data.sources import Source, open_source
@@ -30,9 +31,11 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.plan import h100s, plan_lines, this_cpu
 from nanochat.report import get_report
+from nanochat.resume import LoopState
+from nanochat.saver import Saver
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.tracking import DUMMY, Tracker
-from nanochat.trainer import LoopState, Trainer, compiles, muon_dtype, restore, resume_path
+from nanochat.trainer import Trainer, compiles, muon_dtype
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,17 @@ class BaseTrainConfig:
     fp8: bool = flag(False, "matrix products of wide layers in fp8 (Hopper and newer)", new=True)
     aspect_ratio: int = flag(scaling.ASPECT_RATIO, "width per layer", new=True)
     head_dim: int = flag(scaling.HEAD_DIM, "size of an attention head", new=True)
-    save_every: int | None = flag(None, "steps between checkpoints; -1 = only the last", off=-1, new=True)
+    save_every: int | None = flag(1000, "steps between checkpoints; -1 = only the last", off=-1, new=True)
+    keep_last: int | None = flag(2, "how many checkpoints to keep; -1 = all", off=-1, new=True)
     resume: str = flag("none", "go on from a checkpoint: none, auto or a step", new=True)
+    accept_changes: bool = flag(False, "resume although tokenizer or text changed", new=True)
+    guard_sigma: float | None = flag(
+        guards.SIGMA,
+        "skip a step whose loss or gradient is this many sigma off; 0 = only if not finite",
+        off=0,
+        new=True,
+    )
+    deterministic: bool = flag(False, "the same result to the bit, also where that is slower (GPU)", new=True)
     recompute: bool = flag(False, "compute activations again in the backward pass: less memory", new=True)
     compile: bool | None = flag(None, "torch.compile; default: on a GPU", off="None", new=True)
     seed: int = flag(42, "of the initial weights", new=True)
@@ -111,6 +123,8 @@ class BaseTrainConfig:
                 f"--short_window {self.short_window} is longer than the context of {self.max_seq_len} tokens; try "
                 f"--short_window={self.max_seq_len}"
             )
+        if self.deterministic and self.device_batch_size is None and not self.plan:
+            raise InputError("--deterministic needs --device_batch_size: what fits depends on the memory that is free")
         if self.vocab_size is not None and not self.plan:
             raise InputError("--vocab_size goes with --plan only; the tokenizer decides it: scripts.tok_train")
         for name in ("eval_every", "core_metric_every", "sample_every", "save_every"):
@@ -144,13 +158,20 @@ def model_config(cfg: BaseTrainConfig, shape: scaling.Shape) -> GPTConfig:
     )
 
 
-def decided(cfg: BaseTrainConfig, rt: runtime.Runtime) -> Decided:
-    """The config with nothing left open: batch, horizon and rates from the depth, rows from the memory."""
+def decided(cfg: BaseTrainConfig, rt: runtime.Runtime, saved: Checkpoint | None = None) -> Decided:
+    """The config with nothing left open: what the run had so far, where it is resumed; else batch, horizon and rates
+    from the depth, rows from the memory."""
+    if saved is not None:
+        names = [f.name for f in fields(scaling.Settings)]
+        cfg = replace(cfg, **{k: saved.meta["user_config"][k] for k in names if getattr(cfg, k) is None})
     shape = shape_of(cfg, get_tokenizer().get_vocab_size())
     whole: Decided = scaling.with_settings(cfg, shape, rt.world_size)
     if cfg.device_batch_size is not None:
         return whole
     most = scaling.rows_per_rank(whole.total_batch_size, cfg.max_seq_len, rt.world_size)
+    if saved is not None and most % saved.meta["device_batch_size"] == 0:  # the same passes add up to the same sums
+        before = saved.meta["user_config"]
+        return replace(whole, device_batch_size=before["device_batch_size"], recompute=before["recompute"])
     rows, recompute = find_rows(model_config(cfg, shape), rt, most, cfg.recompute, cfg.compile)
     return replace(whole, device_batch_size=rows, recompute=recompute)
 
@@ -223,7 +244,7 @@ def batches(cfg: Decided, rt: runtime.Runtime, split: str, cursor: dict[str, Any
     )
 
 
-def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
+def build(cfg: Decided, rt: runtime.Runtime, saved: Checkpoint | None = None) -> tuple[Trainer, dict[str, Any]]:
     """The trainer, and the outcome lines that are known before training. The config is `decided`."""
     tokenizer, source = get_tokenizer(), open_source(cfg.dataset)
     shape = shape_of(cfg, tokenizer.get_vocab_size())
@@ -232,10 +253,17 @@ def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
     check_text(cfg, source, tokenizer, rt.world_size)
     config = model_config(cfg, shape)
     model, optimizer = model_and_optimizer(cfg, config, rt)
-    directory = checkpoint.tag_directory("base", cfg.tag)
-    saved = resume_path(directory, cfg.resume)
-    state, cursor = restore(saved, model, optimizer) if saved else (LoopState(), None)
     user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
+    meta = {
+        "model_config": config.to_dict(),
+        "user_config": user_config,
+        "device_batch_size": cfg.device_batch_size,
+        "max_seq_len": cfg.max_seq_len,
+        "tokenizer": tokenizer.fingerprint,
+        "data": source.fingerprint(),
+    }
+    state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
+    directory = checkpoint.tag_directory("base", cfg.tag)
 
     def schedule(state: LoopState) -> tuple[float, float]:
         return scaling.schedule(cfg, state.step, steps)
@@ -247,20 +275,13 @@ def build(cfg: Decided, rt: runtime.Runtime) -> tuple[Trainer, dict[str, Any]]:
         optimizer=optimizer,
         loader=batches(cfg, rt, "train", cursor),
         tracker=Tracker("base", cfg.run, rt, user_config),
-        directory=directory,
-        meta={
-            "model_config": config.to_dict(),
-            "user_config": user_config,
-            "device_batch_size": cfg.device_batch_size,
-            "max_seq_len": cfg.max_seq_len,
-            "tokenizer": tokenizer.fingerprint,
-            "data": source.fingerprint(),
-        },
+        saver=Saver(rt, directory, model, optimizer, meta, state, cfg.save_every, cfg.keep_last),
         tokens_per_step=cfg.total_batch_size,
         schedule=schedule,
         grad_accum_steps=accum,
         num_iterations=steps,
         grad_clip=cfg.grad_clip or None,
+        guard_sigma=cfg.guard_sigma,
         flops_per_token=shape.flops_per_token,
         compile=cfg.compile,
         state=state,
@@ -303,8 +324,8 @@ def print_sizes(shape: scaling.Shape, facts: dict[str, Any], accum: int, cfg: De
     print0(f"Total training FLOPs estimate: {total:e}")
 
 
-def hooks_of(cfg: Decided, trainer: Trainer, results: dict[str, Any]) -> list[Any]:
-    """Save, then validate, then estimate CORE, then sample; all but validation leave step 0 out."""
+def evals_of(cfg: Decided, trainer: Trainer) -> list[Any]:
+    """Validate, then estimate CORE, then sample; all but validation leave step 0 out."""
     rt, model, tokenizer = trainer.rt, trainer.model, get_tokenizer()
     token_bytes = tokenizer.token_bytes().to(rt.device)
     eval_steps = max(1, cfg.eval_tokens // (cfg.device_batch_size * cfg.max_seq_len * rt.world_size))
@@ -324,7 +345,7 @@ def hooks_of(cfg: Decided, trainer: Trainer, results: dict[str, Any]) -> list[An
             model.eval()
             result = evaluate_core(model, tokenizer, rt, bundle, cfg.core_metric_max_per_task)
             name = bundle.metric_name.replace("CORE metric", "CORE metric estimate")
-            results[name] = result.core_metric
+            state.outcome[name] = result.core_metric
             print0(f"Step {state.step:05d} | {name}: {result.core_metric:.4f}")
             trainer.tracker.log(state.step, core_metric=result.core_metric)
 
@@ -334,16 +355,7 @@ def hooks_of(cfg: Decided, trainer: Trainer, results: dict[str, Any]) -> list[An
             for text in sample_texts(model, tokenizer):
                 print0(text)
 
-    def save(state: LoopState) -> None:
-        if state.step:
-            trainer.save(state)
-
-    return [
-        (cfg.save_every or 10**9, save),  # "only the last" is a period that is never reached
-        (cfg.eval_every, validate),
-        (cfg.core_metric_every, core),
-        (cfg.sample_every, sample),
-    ]
+    return [(cfg.eval_every, validate), (cfg.core_metric_every, core), (cfg.sample_every, sample)]
 
 
 def plan(cfg: BaseTrainConfig) -> None:
@@ -361,13 +373,14 @@ def run(cfg: BaseTrainConfig) -> LoopState | None:
     if cfg.plan:
         plan(cfg)
         return None
-    rt = runtime.start(cfg.device_type, cfg.seed)
+    rt = runtime.start(cfg.device_type, cfg.seed, cfg.deterministic)
     if cfg.fp8:
         runtime.require_fp8(rt)
-    whole = decided(cfg, rt)
-    trainer, facts = build(whole, rt)
-    results: dict[str, Any] = {}
-    state = trainer.run(hooks_of(whole, trainer, results))
+    saved = resume.find(rt, checkpoint.tag_directory("base", cfg.tag), cfg.resume)
+    rt = resume.same_dtype(rt, saved)
+    whole = decided(cfg, rt, saved)
+    trainer, facts = build(whole, rt, saved)
+    state = trainer.run(evals_of(whole, trainer))
     flops = facts["Number of training tokens"] * trainer.flops_per_token
     peak = runtime.peak_memory_mib(rt.device)
     print0(f"Peak memory usage: {peak:.2f}MiB\nTotal training time: {state.train_seconds / 60:.2f}m")
@@ -377,14 +390,14 @@ def run(cfg: BaseTrainConfig) -> LoopState | None:
     outcome = {
         "Minimum validation bpb": state.min_val_bpb,
         "Final validation bpb": state.val_bpb,
-        "CORE metric estimate": results.pop("CORE metric estimate", None),
+        "CORE metric estimate": state.outcome.pop("CORE metric estimate", None),
         "MFU %": f"{trainer.mfu:.2f}%",
         "Total training flops": f"{flops:e}",
         "Total training time": f"{state.train_seconds / 60:.2f}m",
         "Peak memory usage": f"{peak:.2f}MiB",
     }
     data = {"Device": str(rt.device), "Compute dtype": str(rt.dtype).removeprefix("torch.")}
-    get_report().log("Base model training", [old, facts, outcome, new, results, data])
+    get_report().log("Base model training", [old, facts, outcome, new, state.outcome, state.history.facts(), data])
     trainer.tracker.finish()
     runtime.stop()
     return state

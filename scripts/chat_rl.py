@@ -14,25 +14,28 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat import checkpoint, runtime
+from nanochat import checkpoint, resume, runtime
+from nanochat.checkpoint import Checkpoint
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.engine import Engine
 from nanochat.environment import print0
 from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.report import get_report
+from nanochat.resume import LoopState
 from nanochat.runtime import all_reduce
+from nanochat.saver import Saver
 from nanochat.tracking import DUMMY, Tracker
-from nanochat.trainer import LoopState, accumulate, muon_dtype, restore, resume_path, train_loop
-from tasks.common import Task
+from nanochat.trainer import accumulate, muon_dtype, optimizer_step, train_loop
+from tasks.common import Task, fingerprint
 from tasks.registry import rl_tasks
 
+EQUAL_GROUPS = "Groups with equal rewards, skipped"
 MUON_MOMENTUM = 0.95  # constant: the run is too short for a warm-up to matter
 
 
@@ -61,8 +64,11 @@ class ChatRLConfig:
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
     model_step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
     device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="", new=True)
+    keep_last: int | None = flag(2, "how many checkpoints to keep; -1 = all", off=-1, new=True)
     resume: str = flag("none", "go on from a checkpoint: none, auto or a step", new=True)
+    accept_changes: bool = flag(False, "resume although tokenizer or data changed", new=True)
     seed: int = flag(42, "of the rollouts", new=True)
+    deterministic: bool = flag(False, "the same result to the bit, also where that is slower (GPU)", new=True)
 
     def __post_init__(self) -> None:
         for name in (
@@ -173,11 +179,8 @@ class RLTrainer:
     train_task: Task
     val_task: Task
     tracker: Tracker
-    directory: Path  # of the checkpoints
-    meta: dict[str, Any]  # stored with each checkpoint
+    saver: Saver
     num_iterations: int
-    skipped_groups: int = 0
-    outcome: dict[str, Any] = field(default_factory=dict)
 
     def step(self, state: LoopState) -> None:
         cfg, rt = self.policy.cfg, self.policy.rt
@@ -192,8 +195,9 @@ class RLTrainer:
         lrm = 1 - state.step / self.num_iterations
         self.optimizer.set_lr(lrm, MUON_MOMENTUM)
         with runtime.memory_advice(cfg.device_batch_size):
-            state.loss = accumulate(self.policy.model, self.policy.batches(rollouts), rt.world_size, rt.device).item()
-            self.optimizer.step()
+            loss = accumulate(self.policy.model, self.policy.batches(rollouts), rt.world_size, rt.device)
+        # rewards make the loss jump about 0: only what is not finite is skipped, and a step whose groups all agree
+        optimizer_step(self.optimizer, loss, state, grad_clip=None, sigma=None)(self.saver)
         state.train_seconds += time.perf_counter() - t0
         self._log(state, rollouts, lrm, time.perf_counter() - t0)
 
@@ -203,7 +207,7 @@ class RLTrainer:
         length = sum(map(len, rollouts.sequences)) / len(rollouts.sequences)
         means = torch.tensor([rewards.mean(), length, equal], device=self.policy.rt.device)
         reward, length, equal_share = all_reduce(means, "mean").tolist()
-        self.skipped_groups += round(equal_share * self.policy.cfg.examples_per_step)
+        state.outcome[EQUAL_GROUPS] += round(equal_share * self.policy.cfg.examples_per_step)
         done, total = state.step + 1, self.num_iterations
         print0(
             f"step {done:05d}/{total:05d} | reward: {reward:.4f} | sequence length: {length:.1f} | "
@@ -211,23 +215,16 @@ class RLTrainer:
         )
         self.tracker.log(done, reward=reward, sequence_length=length, lrm=lrm, equal_groups=equal_share)
 
-    def save(self, state: LoopState) -> None:
-        if state.step:
-            meta = {**self.meta, "loop_state": dataclasses.asdict(state), "loader_cursor": None}
-            policy = self.policy
-            path = checkpoint.save(policy.rt, self.directory, state.step, policy.model, self.optimizer, meta)
-            print0(f"Saved {path}")
-
     def evaluate(self, state: LoopState) -> None:
         with torch.no_grad():
             passes = pass_at_k(self.policy, self.val_task, self.policy.cfg)
         shown = ", ".join(f"Pass@{k}: {p:.4f}" for k, p in enumerate(passes, 1))
         print0(f"Step {state.step:05d} | {shown}")
         self.tracker.log(state.step, **{"pass_at_1": passes[0], f"pass_at_{len(passes)}": passes[-1]})
-        if not self.outcome:
-            self.outcome[f"Pass@1 at step {state.step}"] = passes[0]
-        self.outcome["Pass@1 at the end"] = passes[0]
-        self.outcome[f"Pass@{len(passes)} at the end"] = passes[-1]
+        if state.step == 0:
+            state.outcome["Pass@1 at step 0"] = passes[0]
+        state.outcome["Pass@1 at the end"] = passes[0]
+        state.outcome[f"Pass@{len(passes)} at the end"] = passes[-1]
 
 
 def num_iterations(cfg: ChatRLConfig, num_examples: int) -> int:
@@ -239,13 +236,13 @@ def num_iterations(cfg: ChatRLConfig, num_examples: int) -> int:
     return steps
 
 
-def build(cfg: ChatRLConfig, rt: runtime.Runtime) -> tuple[RLTrainer, LoopState]:
+def build(cfg: ChatRLConfig, rt: runtime.Runtime, saved: Checkpoint | None) -> tuple[RLTrainer, LoopState]:
     if cfg.examples_per_step % rt.world_size:
         near = -(-cfg.examples_per_step // rt.world_size) * rt.world_size
         raise InputError(
             f"--examples_per_step {cfg.examples_per_step} is no multiple of the {rt.world_size} ranks; try {near}"
         )
-    model, tokenizer, meta = checkpoint.load_model(cfg.source, rt, cfg.model_tag, cfg.model_step)
+    model, tokenizer, source = checkpoint.load_model(cfg.source, rt, cfg.model_tag, cfg.model_step)
     train_task, val_task = rl_tasks(cfg.task)
     steps = num_iterations(cfg, len(train_task))
     optimizer = build_optimizer(
@@ -257,36 +254,41 @@ def build(cfg: ChatRLConfig, rt: runtime.Runtime) -> tuple[RLTrainer, LoopState]
         init_lr_frac=cfg.init_lr_frac,
         muon_dtype=muon_dtype(rt),
     )
-    directory = checkpoint.tag_directory("rl", meta["tag"])
-    saved = resume_path(directory, cfg.resume)
-    state, _ = restore(saved, model, optimizer) if saved else (LoopState(), None)
     user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
-    kept: dict[str, Any] = {k: meta[k] for k in ("model_config", "tokenizer", "data") if k in meta}
+    meta = {
+        "tokenizer": tokenizer.fingerprint,
+        "data": fingerprint(train_task),
+        "model_config": model.config.to_dict(),
+        "user_config": {**user_config, "dataset": source["user_config"].get("dataset")},
+    }
+    state, _ = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
+    state.outcome.setdefault(EQUAL_GROUPS, 0)
+    directory = checkpoint.tag_directory("rl", source["tag"])
     trainer = RLTrainer(
         policy=Policy(cfg, rt, model, tokenizer),
         optimizer=optimizer,
         train_task=train_task,
         val_task=val_task,
         tracker=Tracker("rl", cfg.run, rt, user_config),
-        directory=directory,
-        meta={**kept, "user_config": {**user_config, "dataset": meta["user_config"].get("dataset")}},
+        saver=Saver(rt, directory, model, optimizer, meta, state, cfg.save_every, cfg.keep_last),
         num_iterations=steps,
     )
     return trainer, state
 
 
 def run(cfg: ChatRLConfig) -> LoopState:
-    rt = runtime.start(cfg.device_type, cfg.seed)
-    if cfg.dtype is not None:
-        rt = dataclasses.replace(rt, dtype=runtime.DTYPES[cfg.dtype])
-    trainer, state = build(cfg, rt)
-    hooks = [(cfg.save_every or 10**9, trainer.save), (cfg.eval_every, trainer.evaluate)]
-    state = train_loop(state, trainer.step, lambda s: s.step >= trainer.num_iterations, hooks)
+    rt = runtime.start(cfg.device_type, cfg.seed, cfg.deterministic)
+    directory = checkpoint.tag_directory("rl", checkpoint.find(cfg.source, cfg.model_tag, cfg.model_step).parent.name)
+    saved = resume.find(rt, directory, cfg.resume)
+    rt = resume.same_dtype(rt, saved) if cfg.dtype is None else dataclasses.replace(rt, dtype=runtime.DTYPES[cfg.dtype])
+    trainer, state = build(cfg, rt, saved)
+    evals = [(cfg.eval_every, trainer.evaluate)]
+    state = train_loop(state, trainer.step, lambda s: s.step >= trainer.num_iterations, evals, trainer.saver, rt=rt)
     outcome = {
         "Number of iterations": state.step,
         "DDP world size": rt.world_size,
-        **trainer.outcome,
-        "Groups with equal rewards, skipped": trainer.skipped_groups,
+        **state.outcome,
+        **state.history.facts(),
         "Total training time": f"{state.train_seconds / 60:.2f}m",
     }
     old, new = report_config(cfg)

@@ -17,18 +17,21 @@ from typing import Any
 
 import torch
 
-from nanochat import checkpoint, runtime, scaling
+from nanochat import checkpoint, guards, resume, runtime, scaling
+from nanochat.checkpoint import Checkpoint
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.conversations import PaddedConversations
 from nanochat.environment import print0
 from nanochat.evals.chat import evaluate_task
 from nanochat.optim import build_optimizer
 from nanochat.report import get_report
+from nanochat.resume import LoopState
 from nanochat.runtime import all_reduce
+from nanochat.saver import Saver
 from nanochat.tracking import DUMMY, Tracker
-from nanochat.trainer import LoopState, Trainer, muon_dtype, restore, resume_path
+from nanochat.trainer import Trainer, muon_dtype
 from tasks import mixtures
-from tasks.common import Task
+from tasks.common import Task, fingerprint
 from tasks.registry import eval_task
 
 
@@ -63,8 +66,15 @@ class ChatSFTConfig:
     conversations: str | None = flag(None, "your own conversations, a .jsonl file", off="None", new=True)
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
     step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
-    save_every: int | None = flag(None, "steps between checkpoints; -1 = only the last", off=-1, new=True)
+    save_every: int | None = flag(250, "steps between checkpoints; -1 = only the last", off=-1, new=True)
+    keep_last: int | None = flag(2, "how many checkpoints to keep; -1 = all", off=-1, new=True)
     resume: str = flag("none", "go on from a checkpoint: none, auto or a step", new=True)
+    accept_changes: bool = flag(False, "resume although tokenizer or data changed", new=True)
+    guard_sigma: float | None = flag(
+        guards.SIGMA, "skip steps whose loss or gradient is so many sigma off; 0 = only if not finite", off=0, new=True
+    )
+    seed: int = flag(42, "of torch's generators", new=True)
+    deterministic: bool = flag(False, "the same result to the bit, also where that is slower (GPU)", new=True)
 
     def __post_init__(self) -> None:
         for name in ("device_batch_size", "num_epochs", "target_examples_per_step", "eval_steps"):
@@ -100,8 +110,15 @@ def validation_loss(model: Any, loader: PaddedConversations, steps: int, device:
 
 
 def build(
-    cfg: ChatSFTConfig, rt: runtime.Runtime, train: Task, model: Any, tokenizer: Any, meta: dict[str, Any]
+    cfg: ChatSFTConfig,
+    rt: runtime.Runtime,
+    train: Task,
+    model: Any,
+    tokenizer: Any,
+    source: dict[str, Any],
+    saved: Checkpoint | None = None,
 ) -> Trainer:
+    """source: the manifest of the checkpoint that `model` is from."""
     accum = accumulation(cfg, rt.world_size)
     steps = cfg.num_iterations or (len(train) // cfg.target_examples_per_step) * cfg.num_epochs
     if steps < 1:
@@ -117,13 +134,17 @@ def build(
         init_lr_frac=cfg.init_lr_frac,
         muon_dtype=muon_dtype(rt),
     )
-    directory = checkpoint.tag_directory("sft", meta["tag"])
-    saved = resume_path(directory, cfg.resume)
-    state, cursor = restore(saved, model, optimizer) if saved else (LoopState(), None)
-    loader = PaddedConversations(train, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt, cursor, accum)
     user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
-    user_config["dataset"] = meta["user_config"].get("dataset")
-    kept: dict[str, Any] = {k: meta[k] for k in ("model_config", "tokenizer", "data") if k in meta}
+    user_config["dataset"] = source["user_config"].get("dataset")
+    meta = {
+        "tokenizer": tokenizer.fingerprint,
+        "data": fingerprint(train),
+        "model_config": model.config.to_dict(),
+        "user_config": user_config,
+    }
+    state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
+    directory = checkpoint.tag_directory("sft", source["tag"])
+    loader = PaddedConversations(train, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt, cursor, accum)
 
     def schedule(state: LoopState) -> tuple[float, None]:
         return scaling.lr_multiplier(state.step / steps, warmdown=1.0), None
@@ -135,31 +156,28 @@ def build(
         optimizer=optimizer,
         loader=loader,
         tracker=Tracker("sft", cfg.run, rt, user_config),
-        directory=directory,
-        meta={**kept, "user_config": user_config},
+        saver=Saver(rt, directory, model, optimizer, meta, state, cfg.save_every, cfg.keep_last),
         tokens_per_step=None,
         schedule=schedule,
         grad_accum_steps=accum,
         num_iterations=steps,
         flops_per_token=model.config.shape.flops_per_token,
+        guard_sigma=cfg.guard_sigma,
         state=state,
     )
 
 
 def run(cfg: ChatSFTConfig) -> LoopState:
-    rt = runtime.start(cfg.device_type)
-    if cfg.dtype is not None:
-        rt = dataclasses.replace(rt, dtype=runtime.DTYPES[cfg.dtype])
+    rt = runtime.start(cfg.device_type, cfg.seed, cfg.deterministic)
+    directory = checkpoint.tag_directory("sft", checkpoint.find(cfg.source, cfg.model_tag, cfg.step).parent.name)
+    saved = resume.find(rt, directory, cfg.resume)
+    rt = resume.same_dtype(rt, saved) if cfg.dtype is None else dataclasses.replace(rt, dtype=runtime.DTYPES[cfg.dtype])
     model, tokenizer, meta = checkpoint.load_model(cfg.source, rt, cfg.model_tag, cfg.step)
     name = cfg.mixture or mixtures.name_for(meta["user_config"].get("dataset"))
     train, val = mixtures.sft(name, cfg.conversations, cfg.aqua_train_examples, cfg.aqua_val_examples)
-    trainer = build(cfg, rt, train, model, tokenizer, meta)
+    trainer = build(cfg, rt, train, model, tokenizer, meta, saved)
     print0(f"Training rows: {len(train):,}\nNumber of iterations: {trainer.num_iterations:,}")
     losses: list[float] = []
-
-    def save(state: LoopState) -> None:
-        if state.step:
-            trainer.save(state)
 
     def validate(state: LoopState) -> None:
         model.eval()
@@ -184,12 +202,7 @@ def run(cfg: ChatSFTConfig) -> LoopState:
             print0(f"Step {state.step:05d} | {task} accuracy: {result.accuracy:.4f}")
             trainer.tracker.log(state.step, **{f"{task}_acc": result.accuracy})
 
-    hooks = [
-        (cfg.save_every or 10**9, save),
-        (cfg.eval_every, validate),
-        (cfg.eval_metrics_every, metrics),
-    ]
-    state = trainer.run(hooks)
+    state = trainer.run([(cfg.eval_every, validate), (cfg.eval_metrics_every, metrics)])
     outcome = {
         "Training rows": len(train),
         "Number of iterations": state.step,
@@ -200,7 +213,7 @@ def run(cfg: ChatSFTConfig) -> LoopState:
     old["dtype"] = str(rt.dtype).removeprefix("torch.")
     new["mixture"] = name
     extra = {"Total training time": f"{state.train_seconds / 60:.2f}m", "MFU %": f"{trainer.mfu:.2f}%"}
-    get_report().log("Chat SFT", [old, outcome, new, extra])
+    get_report().log("Chat SFT", [old, outcome, new, extra, state.outcome, state.history.facts()])
     trainer.tracker.finish()
     runtime.stop()
     return state

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat import checkpoint, runtime, scaling
+from nanochat import checkpoint, guards, resume, runtime, scaling
+from nanochat.checkpoint import Checkpoint
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.conversations import PackedConversations
 from nanochat.environment import print0
@@ -23,10 +24,12 @@ from nanochat.evals.bpb import evaluate_bpb
 from nanochat.gpt import GPTConfig
 from nanochat.optim import build_optimizer
 from nanochat.report import get_report
+from nanochat.resume import LoopState
+from nanochat.saver import Saver
 from nanochat.tracking import DUMMY, Tracker
-from nanochat.trainer import LoopState, Trainer, muon_dtype, restore, resume_path
+from nanochat.trainer import Trainer, muon_dtype
 from tasks import mixtures
-from tasks.common import Task
+from tasks.common import Task, fingerprint
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,15 @@ class MidTrainConfig:
     conversations: str | None = flag(None, "your own conversations, a .jsonl file", off="None", new=True)
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
     step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
-    save_every: int | None = flag(None, "steps between checkpoints; -1 = only the last", off=-1, new=True)
+    save_every: int | None = flag(250, "steps between checkpoints; -1 = only the last", off=-1, new=True)
+    keep_last: int | None = flag(2, "how many checkpoints to keep; -1 = all", off=-1, new=True)
     resume: str = flag("none", "go on from a checkpoint: none, auto or a step", new=True)
+    accept_changes: bool = flag(False, "resume although tokenizer or data changed", new=True)
+    guard_sigma: float | None = flag(
+        guards.SIGMA, "skip steps whose loss or gradient is so many sigma off; 0 = only if not finite", off=0, new=True
+    )
+    seed: int = flag(42, "of torch's generators", new=True)
+    deterministic: bool = flag(False, "the same result to the bit, also where that is slower (GPU)", new=True)
     compile: bool | None = flag(None, "torch.compile; default: on a GPU", off="None", new=True)
 
     def __post_init__(self) -> None:
@@ -69,8 +79,15 @@ class MidTrainConfig:
 
 
 def build(
-    cfg: MidTrainConfig, rt: runtime.Runtime, train: Task, model: Any, tokenizer: Any, meta: dict[str, Any]
+    cfg: MidTrainConfig,
+    rt: runtime.Runtime,
+    train: Task,
+    model: Any,
+    tokenizer: Any,
+    source: dict[str, Any],
+    saved: Checkpoint | None = None,
 ) -> Trainer:
+    """source: the manifest of the checkpoint that `model` is from."""
     accum = scaling.grad_accum_steps(cfg.total_batch_size, cfg.device_batch_size, cfg.max_seq_len, rt.world_size)
     optimizer = build_optimizer(
         model,
@@ -81,21 +98,27 @@ def build(
         init_lr_frac=cfg.init_lr_frac,
         muon_dtype=muon_dtype(rt),
     )
-    directory = checkpoint.tag_directory("mid", meta["tag"])
-    saved = resume_path(directory, cfg.resume)
-    state, cursor = restore(saved, model, optimizer) if saved else (LoopState(), None)
+    user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
+    user_config["dataset"] = source["user_config"].get("dataset")
+    meta = {
+        "tokenizer": tokenizer.fingerprint,
+        "data": fingerprint(train),
+        "model_config": model.config.to_dict(),
+        "user_config": user_config,
+    }
+    state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
+    directory = checkpoint.tag_directory("mid", source["tag"])
     steps = cfg.num_iterations
     loader = PackedConversations(
         train, tokenizer, cfg.device_batch_size, cfg.max_seq_len, rt, cursor=cursor, repeat=steps is not None
     )
-    user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
-    user_config["dataset"] = meta["user_config"].get("dataset")
+
+    saver = Saver(rt, directory, model, optimizer, meta, state, cfg.save_every, cfg.keep_last)
 
     def schedule(state: LoopState) -> tuple[float, float]:
         progress = loader.progress if steps is None else state.step / steps
         return scaling.lr_multiplier(progress), scaling.muon_momentum(state.step)
 
-    kept: dict[str, Any] = {k: meta[k] for k in ("tokenizer", "data") if k in meta}
     return Trainer(
         rt=rt,
         stage="mid",
@@ -103,22 +126,23 @@ def build(
         optimizer=optimizer,
         loader=loader,
         tracker=Tracker("mid", cfg.run, rt, user_config),
-        directory=directory,
-        meta={**kept, "model_config": model.config.to_dict(), "user_config": user_config},
+        saver=None if cfg.dry_run else saver,
         tokens_per_step=cfg.total_batch_size,
         schedule=schedule,
         grad_accum_steps=accum,
         num_iterations=steps,
         flops_per_token=model.config.shape.flops_per_token,
         compile=cfg.compile,
+        guard_sigma=cfg.guard_sigma,
         state=state,
     )
 
 
 def run(cfg: MidTrainConfig) -> LoopState:
-    rt = runtime.start(cfg.device_type)
-    if cfg.dtype is not None:
-        rt = dataclasses.replace(rt, dtype=runtime.DTYPES[cfg.dtype])
+    rt = runtime.start(cfg.device_type, cfg.seed, cfg.deterministic)
+    directory = checkpoint.tag_directory("mid", checkpoint.find("base", cfg.model_tag, cfg.step).parent.name)
+    saved = resume.find(rt, directory, cfg.resume)
+    rt = resume.same_dtype(rt, saved) if cfg.dtype is None else dataclasses.replace(rt, dtype=runtime.DTYPES[cfg.dtype])
     model, tokenizer, meta = checkpoint.load_model("base", rt, cfg.model_tag, cfg.step)
     rows = meta.get("device_batch_size")
     if rows is not None and cfg.device_batch_size > rows:
@@ -128,13 +152,9 @@ def run(cfg: MidTrainConfig) -> LoopState:
     name = cfg.mixture or mixtures.name_for(meta["user_config"].get("dataset"))
     train, val = mixtures.mid(name, cfg.conversations)
     print0(f"Mixture {name}: {len(train):,} training conversations")
-    trainer = build(cfg, rt, train, model, tokenizer, meta)
+    trainer = build(cfg, rt, train, model, tokenizer, meta, saved)
     token_bytes = tokenizer.token_bytes().to(rt.device)
     eval_steps = max(1, cfg.eval_tokens // (cfg.device_batch_size * cfg.max_seq_len * rt.world_size))
-
-    def save(state: LoopState) -> None:
-        if state.step and not cfg.dry_run:
-            trainer.save(state)
 
     def validate(state: LoopState) -> None:
         model.eval()
@@ -145,7 +165,7 @@ def run(cfg: MidTrainConfig) -> LoopState:
         print0(f"Step {state.step:05d} | Validation bpb: {bpb:.4f}")
         trainer.tracker.log(state.step, val_bpb=bpb)
 
-    state = trainer.run([(cfg.save_every or 10**9, save), (cfg.eval_every, validate)])
+    state = trainer.run([(cfg.eval_every, validate)])
     print0(f"Total training time: {state.train_seconds / 60:.2f}m")
     if not cfg.dry_run:
         outcome = {
@@ -161,7 +181,7 @@ def run(cfg: MidTrainConfig) -> LoopState:
             "MFU %": f"{trainer.mfu:.2f}%",
             "Total training time": f"{state.train_seconds / 60:.2f}m",
         }
-        get_report().log("Midtraining", [old, outcome, new, extra])
+        get_report().log("Midtraining", [old, outcome, new, extra, state.outcome, state.history.facts()])
     trainer.tracker.finish()
     runtime.stop()
     return state

@@ -6,6 +6,8 @@ scorer needs) and a rule that says whether a response is right.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
 from array import array
@@ -115,6 +117,19 @@ class TaskSequence(Task):
         which = int(np.searchsorted(self.ends, index, side="right"))
         begin = int(self.ends[which - 1]) if which else 0
         return self.tasks[which][index - begin]
+
+
+FINGERPRINT_ROWS = 1024
+
+
+def fingerprint(task: Task) -> str:
+    """sha256 (hex) of what a task holds: its length, and its conversations, of many 1,024 spread over all."""
+    n = len(task)
+    rows = range(n) if n <= FINGERPRINT_ROWS else [i * n // FINGERPRINT_ROWS for i in range(FINGERPRINT_ROWS)]
+    digest = hashlib.sha256(str(n).encode())
+    for i in rows:
+        digest.update(json.dumps(task[i], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 class TaskMixture(TaskSequence):

@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from nanochat import runtime
+from nanochat import checkpoint, runtime
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
 
 HUB = Path(__file__).parent.parent.parent / "shared" / "hub"
 RANK_SECONDS = 300  # mostly the import of torch, where many share the machine
@@ -61,6 +62,11 @@ def tiny_gpt(seed: int = 0, std: float | None = 0.2, **sizes: Any) -> GPT:
         for p in model.parameters():
             torch.nn.init.normal_(p, 0.0, std)
     return model
+
+
+def save_checkpoint(directory: Path, step: int, model: GPT, optimizer: MuonAdamW | None, meta: dict[str, Any]) -> Path:
+    state = None if optimizer is None else optimizer.state_dict()
+    return checkpoint.write(directory, step, checkpoint.host_copy(model.state_dict()), state, meta)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from nanochat import checkpoint
 from nanochat.config import InputError
 from nanochat.evals.core import CoreResult, TaskScore
 from nanochat.gpt import GPT, GPTConfig
@@ -14,6 +13,7 @@ from nanochat.report import parse_items
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_loss
+from tests.conftest import save_checkpoint
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 TEXTS = [f"The {what} number {i} is nice. " * 4 for i in range(40) for what in ("red cat", "blue sky")]
@@ -32,7 +32,7 @@ def save_model(base, dataset):
         "user_config": {"dataset": dataset},
         "tokenizer": tokenizer.fingerprint,
     }
-    checkpoint.save(CPU, base / "base_checkpoints" / "d1", 7, model, None, meta)
+    save_checkpoint(base / "base_checkpoints" / "d1", 7, model, None, meta)
     return math.log2(vocab_size)
 
 

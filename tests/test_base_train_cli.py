@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from nanochat import runtime, scaling, trainer
+from nanochat import checkpoint, runtime, scaling, trainer
 from scripts import base_train, tok_train
 
 SIZES = [
@@ -139,3 +141,54 @@ def test_out_of_memory_in_a_step_ends_in_one_line_with_the_rows_that_fit(at, cap
     flags = [*SIZES, f"--dataset={at / 'notes'}", "--num_iterations=1", "--total_batch_size=512"]
     error = refusal([*flags, "--device_batch_size=8", "--model_tag=oom"], capsys)
     assert error == "error: out of memory with 8 rows a pass; try --device_batch_size=4"
+
+
+# Going on ----------------------------------------------------------------------------------------
+
+
+RUN = [*SIZES, "--total_batch_size=512", "--device_batch_size=4"]
+
+
+def last(tag: str) -> checkpoint.Checkpoint:
+    return checkpoint.load(checkpoint.find("base", tag), with_optimizer=True)
+
+
+@pytest.mark.parametrize("more", [[], ["--deterministic"]])
+def test_one_seed_gives_one_result_and_another_seed_another(at, more):
+    flags = [*RUN, f"--dataset={at / 'notes'}", "--num_iterations=3", *more]
+    for tag, seed in (("one", 1), ("again", 1), ("other", 2)):
+        base_train.main([*flags, f"--model_tag={tag}", f"--seed={seed}"])
+    torch.use_deterministic_algorithms(False)
+    one, again, other = (last(tag).model for tag in ("one", "again", "other"))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_deterministic_wants_the_rows_of_a_pass(capsys):
+    assert "--deterministic needs --device_batch_size" in refusal(["--deterministic"], capsys)
+
+
+def test_a_resumed_run_decides_nothing_anew(at, capsys, monkeypatch):
+    """Rows follow from the free memory, batch and rates from the ranks and the horizon: all may differ by then."""
+    flags = [*SIZES, f"--dataset={at / 'notes'}", "--arch=modern", "--model_tag=on", "--total_batch_size=512"]
+    base_train.main([*flags, "--num_iterations=4"])
+    before = last("on").meta["user_config"]
+    monkeypatch.setattr(base_train, "find_rows", lambda *args: pytest.fail("rows were looked for again"))
+    base_train.main([*flags, "--num_iterations=6", "--resume=4"])
+    after = last("on").meta["user_config"]
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {"num_iterations", "resume"}
+    assert "Settings that changed: num_iterations 4 -> 6\n" in capsys.readouterr().out
+
+
+def test_text_that_changed_is_refused_until_it_is_accepted(at, tmp_path, capsys):
+    notes = tmp_path / "notes"
+    shutil.copytree(at / "notes", notes)
+    flags = [*RUN, f"--dataset={notes}", "--model_tag=changed"]
+    base_train.main([*flags, "--num_iterations=1"])
+    (notes / "0.txt").write_text((notes / "0.txt").read_text().replace("all is well", "all is lost"))
+    capsys.readouterr()
+    flags += ["--num_iterations=2", "--resume=auto"]
+    assert "the training data changed since" in refusal(flags, capsys)
+    base_train.main([*flags, "--accept_changes"])
+    assert last("changed").meta["step"] == 2

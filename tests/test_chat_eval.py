@@ -17,6 +17,7 @@ from nanochat.tokenizer import Tokenizer
 from scripts import chat_eval
 from tasks.common import Task, evaluate_letter, mc_conversation
 from tasks.registry import BASELINES, EVAL_TASKS, REAL, TINYWORLD, eval_task, rl_tasks
+from tests.conftest import save_checkpoint
 
 RT = Runtime(torch.device("cpu"), torch.float32)
 
@@ -316,14 +317,14 @@ def base(tmp_path, monkeypatch, tokenizer):
     return base
 
 
-def save_checkpoint(tokenizer: Tokenizer, **user_config: Any) -> None:
+def save_model(tokenizer: Tokenizer, **user_config: Any) -> None:
     model = tiny_model(tokenizer, sequence_len=512)
     meta = {"model_config": model.config.to_dict(), "user_config": user_config, "tokenizer": tokenizer.fingerprint}
-    checkpoint.save(RT, checkpoint.tag_directory("sft", "d2"), 7, model, None, meta)
+    save_checkpoint(checkpoint.tag_directory("sft", "d2"), 7, model, None, meta)
 
 
 def test_the_stage_writes_the_references_keys_first_and_prints_each_accuracy(base, tokenizer, capsys):
-    save_checkpoint(tokenizer)
+    save_model(tokenizer)
     chat_eval.main("-i sft -a AQUA|SpellingBee -x 2 -m 4 -d float32 --device-type cpu".split())
     out = capsys.readouterr().out
     assert "Final: 0/2 (0.00%)\nAQUA accuracy: 0.00%\n" in out
@@ -351,7 +352,7 @@ def test_the_stage_writes_the_references_keys_first_and_prints_each_accuracy(bas
 
 
 def test_dtype_is_the_dtype_of_the_activations(base, tokenizer, monkeypatch):
-    save_checkpoint(tokenizer)
+    save_model(tokenizer)
     dtypes = []
 
     def record(task, model, *args, **kwargs):
@@ -366,7 +367,7 @@ def test_dtype_is_the_dtype_of_the_activations(base, tokenizer, monkeypatch):
 
 
 def test_a_tinyworld_model_gets_tinyworlds_tasks_by_default(base, tokenizer, monkeypatch, capsys):
-    save_checkpoint(tokenizer, dataset="tinyworld")
+    save_model(tokenizer, dataset="tinyworld")
     monkeypatch.setattr(chat_eval, "evaluate_task", lambda *args, **kwargs: ChatResult(1, 2))
     assert (
         tuple(chat_eval.run(parse_config(chat_eval.ChatEvalConfig, ["-i", "sft", "--device-type", "cpu"]))) == TINYWORLD

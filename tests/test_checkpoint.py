@@ -16,7 +16,7 @@ from nanochat.config import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.runtime import Runtime
-from tests.conftest import tiny_gpt
+from tests.conftest import save_checkpoint, tiny_gpt
 from tests.tiny_engine import TEXT, tiny_tokenizer
 
 RT = Runtime(torch.device("cpu"), torch.float32)
@@ -34,7 +34,7 @@ def trained(seed: int = 0) -> tuple[GPT, MuonAdamW]:
 
 def save(directory: Path, step: int, seed: int = 0, **meta: Any) -> Path:
     model, optimizer = trained(seed)
-    return checkpoint.save(RT, directory, step, model, optimizer, meta)
+    return save_checkpoint(directory, step, model, optimizer, meta)
 
 
 def touch(path: Path, mtime: int | None = None) -> None:
@@ -55,7 +55,7 @@ def names(directory: Path) -> list[str]:
 def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path):
     model, optimizer = trained()
     meta = {"loop_state": {"step": 7}, "name": "déjà vu"}
-    path = checkpoint.save(RT, tmp_path / "d2", 7, model, optimizer, meta)
+    path = save_checkpoint(tmp_path / "d2", 7, model, optimizer, meta)
     assert path == tmp_path / "d2" / "step_000007"
     assert names(tmp_path / "d2") == ["step_000007"]
     assert names(path) == ["manifest.json", "model.safetensors", "optim.safetensors"]
@@ -69,15 +69,10 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path):
 
 
 def test_a_checkpoint_without_optimizer_serves_but_cannot_be_resumed(tmp_path):
-    path = checkpoint.save(RT, tmp_path, 1, tiny_gpt(), None, {})
+    path = save_checkpoint(tmp_path, 1, tiny_gpt(), None, {})
     assert checkpoint.load(path).optimizer is None
     with pytest.raises(InputError, match=r"holds no optim.safetensors; it cannot be resumed from"):
         checkpoint.load(path, with_optimizer=True)
-
-
-def test_only_the_first_rank_writes(tmp_path):
-    checkpoint.save(Runtime(torch.device("cpu"), torch.float32, rank=1), tmp_path / "d2", 1, tiny_gpt(), None, {})
-    assert not (tmp_path / "d2").exists()
 
 
 # Damage ------------------------------------------------------------------------------------------
@@ -273,7 +268,7 @@ def with_tokenizer(tmp_path: Path) -> Any:
 def save_model(tokenizer: Any, vocab_size: int | None = None) -> GPT:
     model = tiny_gpt(vocab_size=vocab_size or tokenizer.get_vocab_size())
     meta = {"model_config": model.config.to_dict(), "tokenizer": tokenizer.fingerprint}
-    checkpoint.save(RT, checkpoint.tag_directory("base", "d2"), 4, model, None, meta)
+    save_checkpoint(checkpoint.tag_directory("base", "d2"), 4, model, None, meta)
     return model
 
 
@@ -288,7 +283,7 @@ def test_a_loaded_model_gives_the_logits_of_the_saved_one(with_tokenizer):
 def test_a_bf16_checkpoint_loads_as_fp32_on_a_cpu(with_tokenizer):
     model = save_model(with_tokenizer).to(torch.bfloat16)
     meta = {"model_config": model.config.to_dict(), "tokenizer": with_tokenizer.fingerprint}
-    checkpoint.save(RT, checkpoint.tag_directory("base", "d2"), 5, model, None, meta)
+    save_checkpoint(checkpoint.tag_directory("base", "d2"), 5, model, None, meta)
     loaded, _, _ = checkpoint.load_model("base", RT, step=5)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert loaded(torch.arange(5)[None]).isfinite().all()

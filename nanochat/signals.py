@@ -1,0 +1,78 @@
+"""Stop signals: a training loop saves at its next step boundary, on all ranks together, and ends with EXIT_STOPPED.
+
+SIGTERM (a scheduler), SIGINT (Ctrl-C) and SIGUSR1 (a cluster's warning) are noted and not obeyed at once. A second
+Ctrl-C ends the process at once, without saving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+
+import torch
+
+from nanochat.runtime import Runtime, all_reduce
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "run it again": --resume=auto goes on from here
+EXIT_AT_ONCE = 130  # what shells give for Ctrl-C
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+
+
+class CutShort(BaseException):
+    """A stop signal came within StopSignals.cutting_short(). No Exception: what survives errors must not survive it."""
+
+
+class StopSignals:
+    """A context in which stop signals are noted: `name` is the first one's, None until then."""
+
+    def __init__(self, rt: Runtime) -> None:
+        self.rt = rt
+        self.name: str | None = None
+        self._times_interrupted = 0
+        self._cuts_short = False
+
+    def __enter__(self) -> StopSignals:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            self._before = {s: signal.signal(s, self._note) for s in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._times_interrupted += number == signal.SIGINT
+        if self._times_interrupted > 1:
+            os.write(sys.stderr.fileno(), b"\nstopped at once; what was not saved is lost\n")
+            os._exit(EXIT_AT_ONCE)
+        is_first, self.name = self.name is None, self.name or signal.Signals(number).name
+        if is_first and self.rt.is_master:  # print() might be what was interrupted
+            os.write(sys.stderr.fileno(), f"\n{self.name}: saving at the end of this step\n".encode())
+        if self._cuts_short:
+            self._cuts_short = False
+            raise CutShort
+
+    def agreed(self) -> bool:
+        """Whether any rank was told to stop: the same answer on all, so call it on all."""
+        if self.rt.world_size == 1:
+            return self.name is not None
+        return bool(all_reduce(torch.tensor([float(self.name is not None)], device=self.rt.device), "max").item())
+
+    @contextlib.contextmanager
+    def cutting_short(self) -> Iterator[None]:
+        """What is done within, an evaluation, ends as soon as a signal comes: nothing of it must be kept. With several
+        ranks it goes on to its end, as the others may wait for this one in the middle of it."""
+        try:
+            if self.name is None:
+                self._cuts_short = self.rt.world_size == 1
+                yield
+        except CutShort:
+            pass
+        finally:
+            self._cuts_short = False
