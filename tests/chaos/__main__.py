@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
+import pickle
 import random
+import re
 import shutil
 import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import numpy.ma  # noqa: F401  # what a life would import late
@@ -20,13 +24,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from nanochat import runtime
+from nanochat import guards, runtime
+from nanochat.data.loader import PackingLoader
+from nanochat.data.sources import open_source
+from nanochat.tokenizer import get_tokenizer
 from scripts import base_train, tok_train
-from tests.chaos.campaign import HAS_GUARDS, SETTINGS, STEPS, Campaign, Reference, Tally, directory, flags
-from tests.chaos.faults import BatchFaults, Strike, install
+from tests.chaos.campaign import CONTEXT, LONG, ROWS, SETTINGS, Campaign, Reference, Tally, Variant, directory, flags
+from tests.chaos.faults import BatchFaults, Strike, digest, install
 from tests.chaos.lives import fork, live
 
 FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NANOCHAT_HUB_DIR", "NANOCHAT_TIMEOUT_MINUTES")
+DIGESTS = "digests"  # the file of the digests of all batches, in order
 WORDS = "a the cat dog sea sun moon river of is was red old big small two three near runs sees in on paris rome".split()
 
 
@@ -41,45 +49,61 @@ def write_data(home: Path) -> Path:
 
     def main(rank: int) -> None:
         tok_train.main([f"--dataset={data}", "--vocab_size=300"])
+        source, tokenizer = open_source(str(data)), get_tokenizer()
+        passes = PackingLoader(source, "train", tokenizer, batch_size=ROWS, sequence_len=CONTEXT)
+        digests = [digest(inputs) for inputs, _ in itertools.islice(passes, 2 * LONG)]
+        (home / DIGESTS).write_text("\n".join(digests))
 
-    death = live(main, 1, home, home / "tok_train", rng)
+    death = live(main, 1, home, home / "data", rng)
     assert death.codes == [0], death.logs[0].read_text()
     return data
 
 
-def refer(home: Path, data: Path, arch: str, batches: BatchFaults, name: str) -> tuple[Reference, list[str]]:
-    """A run that nobody disturbs; also the digests of its batches in order."""
-    base, record = home / name, home / f"{name}.digests"
+def faulty_batches(home: Path, rng: random.Random) -> BatchFaults:
+    """One pass of a step, and both of another, without targets; one that is poisoned; one with a loss out of all
+    measure, once the guards know measures."""
+    digests = (home / DIGESTS).read_text().split()
+    one, both, poisoned = rng.sample(range(2, guards.FEWEST), 3)
+    spiked = rng.randrange(guards.FEWEST + 4, LONG - 2)
+    masked = {digests[2 * one + rng.randrange(2)], digests[2 * both], digests[2 * both + 1]}
+    return BatchFaults(frozenset(masked), frozenset([digests[2 * poisoned]]), frozenset([digests[2 * spiked]]))
+
+
+def refer(home: Path, data: Path, variant: Variant, seed: int) -> Reference:
+    """A run that nobody disturbs."""
+    base = home / f"reference-{variant.told()}"
     base.mkdir()
     shutil.copytree(home / "tokenizer", base / "tokenizer")
+    batches = faulty_batches(home, random.Random(seed)) if variant.has_batch_faults else BatchFaults()
 
     def main(rank: int) -> None:
-        install(Strike(), rank, directory(base), batches, record)
-        base_train.main(flags(data, arch, save_every=1))
+        install(Strike(), rank, directory(base), batches)
+        base_train.main(flags(data, variant, save_every=1))
 
-    death = live(main, 1, base, base / "run", random.Random(0))
-    assert death.codes == [0], death.logs[0].read_text()
-    return Reference(base, batches, death.seconds, death.cpu_seconds), record.read_text().split()
-
-
-def faulty_batches(digests: list[str], rng: random.Random) -> BatchFaults:
-    """One pass of a step, and both of another, without targets; where guards are there, one that is poisoned."""
-    one, both, poisoned = rng.sample(range(2, STEPS - 2), 3)
-    masked = {digests[2 * one + rng.randrange(2)], digests[2 * both], digests[2 * both + 1]}
-    return BatchFaults(frozenset(masked), frozenset([digests[2 * poisoned]] if HAS_GUARDS else []))
+    death = live(main, 1, base, base / "run", random.Random(str(base)))
+    log = death.logs[0].read_text()
+    assert death.codes == [0], log
+    num_skipped = len(re.findall(r"^step \d+ skipped", log, re.MULTILINE))
+    assert num_skipped == 3 * variant.has_batch_faults, f"{num_skipped} steps were skipped: {log}"
+    return Reference(base, batches, death.seconds, death.cpu_seconds)
 
 
-def references(home: Path, data: Path, wanted: set[tuple[str, bool]], seed: int) -> dict[tuple[str, bool], Reference]:
-    found = {}
-    for arch in sorted({arch for arch, _ in wanted}):
-        found[arch, False], digests = refer(home, data, arch, BatchFaults(), f"reference-{arch}")
-        if (arch, True) in wanted:
-            batches = faulty_batches(digests, random.Random(seed))
-            found[arch, True], _ = refer(home, data, arch, batches, f"reference-{arch}-faulty")
-    return found
+def refer_all(home: Path, data: Path, wanted: list[Variant], seed: int) -> dict[Variant, Reference]:
+    """All at once, each in a process of its own."""
+    answers = [home / f"reference-{variant.told()}.pickle" for variant in wanted]
+
+    def work(variant: Variant, answer: Path) -> int:
+        answer.write_bytes(pickle.dumps(refer(home, data, variant, seed)))
+        return 0
+
+    logs = [answer.with_suffix(".log") for answer in answers]
+    pids = [fork(partial(work, v, a), log) for v, a, log in zip(wanted, answers, logs, strict=True)]
+    failed = [log for pid, log in zip(pids, logs, strict=True) if os.waitpid(pid, 0)[1]]
+    assert not failed, failed[0].read_text()
+    return {v: pickle.loads(a.read_bytes()) for v, a in zip(wanted, answers, strict=True)}
 
 
-def run_one(seed: int, number: int, home: Path, data: Path, refs: dict[tuple[str, bool], Reference]) -> Tally:
+def run_one(seed: int, number: int, home: Path, data: Path, refs: dict[Variant, Reference]) -> Tally:
     """A campaign; a failure becomes a line of its tally, and its directory stays."""
     campaign = Campaign(seed, number, home, data, refs)
     try:
@@ -96,21 +120,21 @@ def run_one(seed: int, number: int, home: Path, data: Path, refs: dict[tuple[str
     return campaign.tally
 
 
-def run_all(args: argparse.Namespace, home: Path, data: Path, refs: dict[tuple[str, bool], Reference]) -> Tally:
+def run_all(args: argparse.Namespace, home: Path, data: Path, refs: dict[Variant, Reference]) -> Tally:
     """Campaigns side by side, each in a process of its own, until enough lives were disturbed."""
     total, running, number = Tally(), {}, 0
+
+    def work(number: int, answer: Path) -> int:
+        answer.write_text(json.dumps(dataclasses.asdict(run_one(args.seed, number, home, data, refs))))
+        return 0
+
     try:
         while True:
             enough = total.lives >= args.lives or total.failures
             while not enough and len(running) < args.jobs:
                 answer = home / f"campaign-{number:03d}.json"
 
-                def work(number: int = number, answer: Path = answer) -> int:
-                    tally = run_one(args.seed, number, home, data, refs)
-                    answer.write_text(json.dumps(dataclasses.asdict(tally)))
-                    return 0
-
-                running[fork(work, home / f"campaign-{number:03d}.log")] = answer
+                running[fork(partial(work, number, answer), answer.with_suffix(".log"))] = answer
                 number += 1
             if not running:
                 return total
@@ -158,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     home.mkdir(parents=True, exist_ok=True)
     data = write_data(home)
     some = SETTINGS if args.campaign is None else [SETTINGS[args.campaign % len(SETTINGS)]]
-    refs = references(home, data, {(s.arch, s.has_batch_faults) for s in some}, args.seed)
+    refs = refer_all(home, data, list(dict.fromkeys(s.variant for s in some)), args.seed)
     if args.campaign is None:
         total = run_all(args, home, data, refs)
     else:

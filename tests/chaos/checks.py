@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from nanochat.curves import read_curve
 SAVED = re.compile(r"^Saved .*/step_(\d+)$", re.MULTILINE)
 RESUMED = re.compile(r"^Resuming from (.*)$", re.MULTILINE)
 TRAINED = re.compile(r"^(Saved .*|step \d{5}.*)$", re.MULTILINE)
+STOPPED = re.compile(r"^Stopped by .* after step (\d+);", re.MULTILINE)
+EVAL_FAILED = re.compile(r"^warning: the evaluation .* failed", re.MULTILINE)
 REFUSED = re.compile(r"^skipping: .*$", re.MULTILINE)
 CLOCK = "seconds"  # in the name of what no two runs have in common
+EVALUATED = ("val_bpb", "min_val_bpb", "outcome")  # what an evaluation that failed leaves out
 TIMINGS = ("dt", "tok_per_sec", "mfu")  # of a curve
 
 
@@ -66,15 +70,16 @@ def damaged(directory: Path, newer_than: int) -> list[str]:
     return [p.name for p in found if p.suffix != ".old" and int(p.name[5:]) > newer_than]
 
 
-def differences(ours: Path, theirs: Path) -> list[str]:
-    """What two checkpoints do not have in common to the bit: tensors, loop state, cursor. Clocks may differ."""
+def differences(ours: Path, theirs: Path, ignored: Sequence[str] = ()) -> list[str]:
+    """What two checkpoints do not have in common to the bit: tensors, loop state, cursor, random state. Clocks may
+    differ, and keys that are ignored."""
     a, b = (checkpoint.load(path, with_optimizer=True) for path in (ours, theirs))
     found = []
     for part, x, y in (("weights", a.model, b.model), ("optimizer", a.optimizer or {}, b.optimizer or {})):
         found += [f"{part} {name} is in one only" for name in x.keys() ^ y.keys()]
         found += [f"{part} {name}" for name in x.keys() & y.keys() if not same_bits(x[name], y[name])]
-    for part in ("loop_state", "loader_cursor"):
-        found += _different(part, a.meta[part], b.meta[part])
+    for part in ("loop_state", "loader_cursor", "rng"):
+        found += _different(part, a.meta.get(part), b.meta.get(part), ignored)
     return found
 
 
@@ -82,12 +87,12 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.dtype == y.dtype and x.shape == y.shape and x.numpy().tobytes() == y.numpy().tobytes()
 
 
-def _different(name: str, x: Any, y: Any) -> list[str]:
+def _different(name: str, x: Any, y: Any, ignored: Sequence[str] = ()) -> list[str]:
     if isinstance(x, list) and isinstance(y, list):
         x, y = dict(enumerate(x)), dict(enumerate(y))
     if isinstance(x, dict) and isinstance(y, dict):
-        keys = [k for k in {**x, **y} if CLOCK not in str(k)]
-        return [line for k in keys for line in _different(f"{name}.{k}", x.get(k), y.get(k))]
+        keys = [k for k in {**x, **y} if CLOCK not in str(k) and k not in ignored]
+        return [line for k in keys for line in _different(f"{name}.{k}", x.get(k), y.get(k), ignored)]
     same = x == y or (isinstance(x, float) and isinstance(y, float) and math.isnan(x) and math.isnan(y))
     return [] if same else [f"{name}: {str(x)[:60]} and {str(y)[:60]}"]
 
@@ -98,7 +103,7 @@ def curve(base: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in point.items() if k not in TIMINGS} for point in points]
 
 
-def curve_differences(ours: Path, theirs: Path) -> list[str]:
+def curve_differences(ours: Path, theirs: Path, ignored: Sequence[str] = ()) -> list[str]:
     a, b = curve(ours), curve(theirs)
     found = [f"{len(a)} points and {len(b)}"] if len(a) != len(b) else []
-    return found + [line for x, y in zip(a, b, strict=False) for line in _different(f"step {x['step']}", x, y)]
+    return found + [line for x, y in zip(a, b, strict=False) for line in _different(f"step {x['step']}", x, y, ignored)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -11,6 +12,7 @@ import shutil
 import signal
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,9 +27,9 @@ from nanochat.optim import MuonAdamW
 from nanochat.tracking import Tracker
 from tests.chaos.lives import kill_after_cpu_seconds
 
-KILLS = ("cpu", "wall", "save", "train")
 STAGING_LITTER = ".chaos"  # the end of the name of a staging directory that litter() left
 MAX_SLEEP = 0.05  # seconds that an injected delay takes at most
+SPIKE = 1e4  # times the loss
 
 
 @dataclass(frozen=True)
@@ -38,29 +40,38 @@ class Strike:
         "none"
         "cpu"     kill -9 after `at` seconds of its own CPU time: a random instant, whatever else the machine does
         "wall"    kill -9 after `at` seconds
-        "save"    kill -9 at the `at`-th point within a save: before or after a write, an fsync, a rename, a removal
-        "train"   kill -9 at the `at`-th point within training: around a batch, a forward pass, a step, a log line
-        "raise"   an exception at the `at`-th point within training
+        "point"   kill -9 at the `at`-th point of a kind, `where`:
+                      "save"   before or after a write, an fsync, a rename, a removal
+                      "train"  around a batch, a forward pass, an optimizer step, a log line
+                      "eval"   around a forward pass of an evaluation
+        "raise"   an exception at such a point
         "signal"  `signal` at such a point; "twice" two of them
         "full"    no room for another checkpoint
-    rank: who is struck; whole: all others die with it.
+    rank: who is struck; whole: the others too.
     power: the machine loses power: files and renames that were not fsynced may be lost.
     lie: the file system says that there is room.
+    injected: the disk is not really full: a write fails as if it were.
+    delay: mean seconds slept at each point of a save.
     """
 
     kind: str = "none"
     at: float = 0
+    where: str = "train"
     rank: int = 0
     whole: bool = True
     power: bool = False
-    signal: str = "SIGTERM"
+    signal: str = "SIGINT"
     lie: bool = False
-    injected: bool = False  # the disk is not really full: a write fails as if it were
-    delay: float = 0.0  # mean seconds slept at each point of a save
+    injected: bool = False
+    delay: float = 0.0
     seed: int = 0
 
+    @property
+    def is_kill(self) -> bool:
+        return self.kind in ("cpu", "wall", "point")
+
     def told(self) -> str:
-        parts = {k: v for k, v in vars(self).items() if k not in ("kind", "seed") and v != getattr(Strike, k, None)}
+        parts = {k: v for k, v in vars(self).items() if k not in ("kind", "seed") and v != getattr(Strike, k)}
         return " ".join([self.kind, *(f"{k}={v if isinstance(v, str) else round(v, 3)}" for k, v in parts.items())])
 
 
@@ -70,6 +81,7 @@ class BatchFaults:
 
     masked: frozenset[str] = frozenset()  # no target
     poisoned: frozenset[str] = frozenset()  # a loss that is not a number
+    spiked: frozenset[str] = frozenset()  # a loss that is SPIKE times as large
 
 
 def digest(inputs: torch.Tensor) -> str:
@@ -122,46 +134,50 @@ class Disk:
 class Points:
     """Counts the instants that a life passes, and strikes at the chosen one."""
 
-    def __init__(self, strike: Strike, mine: bool, disk: Disk) -> None:
-        self.strike, self.mine, self.disk = strike, mine, disk
-        self.counts = {"save": 0, "train": 0}
+    def __init__(self, strike: Strike, rank: int, disk: Disk) -> None:
+        self.strike, self.rank, self.disk = strike, rank, disk
+        self.counts = {"save": 0, "train": 0, "eval": 0}
         self.rng = random.Random(strike.seed)
+        self.io = threading.RLock()  # what reaches the disk, by any thread, does so before or after a power cut
 
-    def reach(self, kind: str) -> None:
+    def reach(self, where: str) -> None:
         strike = self.strike
-        if kind == "save" and strike.delay:
+        if where == "save" and strike.delay:
             time.sleep(min(self.rng.expovariate(1 / strike.delay), MAX_SLEEP))
-        self.counts[kind] += 1
-        wanted = "save" if strike.kind == "save" else "train"
-        if not self.mine or kind != wanted or self.counts[kind] != strike.at:
+        self.counts[where] += 1
+        if where != strike.where or self.counts[where] != strike.at:
             return
-        if strike.kind in ("save", "train"):
+        is_mine = self.rank == strike.rank
+        if strike.kind == "raise" and (is_mine or strike.whole):
+            raise RuntimeError("chaos: this rank fails")
+        if not is_mine:
+            return
+        if strike.kind == "point":
             if strike.power:
+                self.io.acquire()
                 self.disk.cut_power()
             os.killpg(0, signal.SIGKILL) if strike.whole else os.kill(os.getpid(), signal.SIGKILL)
             signal.pause()
-        elif strike.kind == "raise":
-            raise RuntimeError("chaos: this rank fails")
         elif strike.kind in ("signal", "twice"):
             number = getattr(signal, strike.signal)
-            if strike.whole:
-                for pid in _group_but_me():
-                    os.kill(pid, number)
+            for pid in _group_but_me() if strike.whole else []:
+                os.kill(pid, number)
             os.kill(os.getpid(), number)
             if strike.kind == "twice":
                 os.kill(os.getpid(), number)
 
-    def around(self, owner: Any, name: str, kind: str, then: Callable[..., None] | None = None) -> None:
+    def around(self, owner: Any, name: str, where: str, then: Callable[..., None] | None = None) -> None:
         """Make a call of owner.name two points; `then` hears of its arguments."""
         original = getattr(owner, name)
 
         @functools.wraps(original)
         def struck(*args: Any, **kwargs: Any) -> Any:
-            self.reach(kind)
-            result = original(*args, **kwargs)
-            if then is not None:
-                then(*args)
-            self.reach(kind)
+            self.reach(where)
+            with self.io if where == "save" else contextlib.nullcontext():
+                result = original(*args, **kwargs)
+                if then is not None:
+                    then(*args)
+            self.reach(where)
             return result
 
         setattr(owner, name, struck)
@@ -180,10 +196,10 @@ def _group_but_me() -> list[int]:
     return found
 
 
-def install(strike: Strike, rank: int, root: Path, batches: BatchFaults, record: Path | None) -> None:
-    """Prepare this process, a life, to be struck. root: of its checkpoints; record: takes its batches' digests."""
-    points = Points(strike, rank == strike.rank, Disk(root, random.Random(strike.seed)))
-    _patch_loader(points, batches, record)
+def install(strike: Strike, rank: int, root: Path, batches: BatchFaults) -> None:
+    """Prepare this process, a life, to be struck. root: of its checkpoints."""
+    points = Points(strike, rank, Disk(root, random.Random(strike.seed)))
+    _patch_loader(points, batches)
     _patch_forward(points, batches)
     points.around(MuonAdamW, "step", "train")
     points.around(Tracker, "log", "train")
@@ -198,7 +214,7 @@ def install(strike: Strike, rank: int, root: Path, batches: BatchFaults, record:
     if strike.lie:
         plenty = shutil.disk_usage("/")._replace(free=1 << 50)
         shutil.disk_usage = lambda path: plenty
-    if strike.kind == "cpu" and points.mine:
+    if strike.kind == "cpu" and rank == strike.rank:
         kill_after_cpu_seconds(strike.at)
 
 
@@ -207,7 +223,7 @@ def _no_room(tensors: Any, path: Any, *args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def _patch_loader(points: Points, batches: BatchFaults, record: Path | None) -> None:
+def _patch_loader(points: Points, batches: BatchFaults) -> None:
     init, take = PackingLoader.__init__, PackingLoader.__next__
 
     def __init__(self: Any, source: Any, split: str, *args: Any, **kwargs: Any) -> None:
@@ -219,11 +235,7 @@ def _patch_loader(points: Points, batches: BatchFaults, record: Path | None) -> 
             return take(self)
         points.reach("train")
         inputs, targets = take(self)
-        name = digest(inputs)
-        if record is not None:
-            with record.open("a") as f:
-                f.write(name + "\n")
-        if name in batches.masked:
+        if digest(inputs) in batches.masked:
             targets.fill_(-1)
         points.reach("train")
         return inputs, targets
@@ -235,12 +247,12 @@ def _patch_forward(points: Points, batches: BatchFaults) -> None:
     forward = GPT.forward
 
     def struck(self: Any, idx: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
-            return forward(self, idx, *args, **kwargs)
-        points.reach("train")
+        where = "train" if self.training else "eval"
+        points.reach(where)
         out = forward(self, idx, *args, **kwargs)
-        points.reach("train")
-        return out * float("nan") if batches.poisoned and digest(idx) in batches.poisoned else out
+        points.reach(where)
+        name = digest(idx) if self.training else ""
+        return out * float("nan") if name in batches.poisoned else out * SPIKE if name in batches.spiked else out
 
     GPT.forward = struck  # type: ignore[method-assign]
 
