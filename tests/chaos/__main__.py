@@ -114,9 +114,7 @@ def run_one(seed: int, number: int, home: Path, data: Path, refs: dict[Variant, 
         detail = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
         again = f"python -m tests.chaos --seed={seed} --campaign={number}"
         story = "\n    ".join(campaign.story)
-        campaign.tally.failures.append(f"{detail}\n    {story}\n  again: {again}\n  kept: {campaign.base}")
-    else:
-        shutil.rmtree(campaign.base)
+        campaign.tally.failures.append(f"{detail}\n    {story}\n  again: {again}\n  kept: {campaign.logs}")
     return campaign.tally
 
 

@@ -162,9 +162,11 @@ class Points:
             number = getattr(signal, strike.signal)
             for pid in _group_but_me() if strike.whole else []:
                 os.kill(pid, number)
-            os.kill(os.getpid(), number)
-            if strike.kind == "twice":
-                os.kill(os.getpid(), number)
+            try:
+                os.kill(os.getpid(), number)  # raises in an evaluation, to cut it short
+            finally:
+                if strike.kind == "twice":
+                    os.kill(os.getpid(), number)
 
     def around(self, owner: Any, name: str, where: str, then: Callable[..., None] | None = None) -> None:
         """Make a call of owner.name two points; `then` hears of its arguments."""
