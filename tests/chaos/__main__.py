@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from nanochat.data.sources import open_source
 from nanochat.tokenizer import get_tokenizer
 from scripts import base_train, tok_train
 from tests.chaos.campaign import CONTEXT, LONG, ROWS, SETTINGS, Campaign, Reference, Tally, Variant, directory, flags
+from tests.chaos.checks import SKIPPED
 from tests.chaos.faults import BatchFaults, Strike, digest, install
 from tests.chaos.lives import fork, live
 
@@ -83,7 +83,7 @@ def refer(home: Path, data: Path, variant: Variant, seed: int) -> Reference:
     death = live(main, 1, base, base / "run", random.Random(str(base)))
     log = death.logs[0].read_text()
     assert death.codes == [0], log
-    num_skipped = len(re.findall(r"^step \d+ skipped", log, re.MULTILINE))
+    num_skipped = len(SKIPPED.findall(log))
     assert num_skipped == 3 * variant.has_batch_faults, f"{num_skipped} steps were skipped: {log}"
     return Reference(base, batches, death.seconds, death.cpu_seconds)
 

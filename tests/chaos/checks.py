@@ -15,12 +15,14 @@ import torch
 from nanochat import checkpoint
 from nanochat.curves import read_curve
 
-SAVED = re.compile(r"^Saved .*/step_(\d+)$", re.MULTILINE)
+# The saver prints from a thread of its own, so that a line of another may begin behind its text.
+SAVED = re.compile(r"Saved \S*/step_(\d+)")
 RESUMED = re.compile(r"^Resuming from (.*)$", re.MULTILINE)
-TRAINED = re.compile(r"^(Saved .*|step \d{5}.*)$", re.MULTILINE)
-STOPPED = re.compile(r"^Stopped by .* after step (\d+);", re.MULTILINE)
-EVAL_FAILED = re.compile(r"^warning: the evaluation .* failed", re.MULTILINE)
-REFUSED = re.compile(r"^skipping: .*$", re.MULTILINE)
+TRAINED = re.compile(r"Saved \S*/step_|step \d{5}")
+STOPPED = re.compile(r"Stopped by .* after step (\d+);")
+EVAL_FAILED = re.compile(r"warning: the evaluation .* failed")
+REFUSED = re.compile(r"skipping: .*")
+SKIPPED = re.compile(r"step \d+ skipped")
 CLOCK = "seconds"  # in the name of what no two runs have in common
 EVALUATED = ("val_bpb", "min_val_bpb", "outcome")  # what an evaluation that failed leaves out
 TIMINGS = ("dt", "tok_per_sec", "mfu")  # of a curve
