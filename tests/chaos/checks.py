@@ -99,13 +99,15 @@ def _different(name: str, x: Any, y: Any, ignored: Sequence[str] = ()) -> list[s
     return [] if same else [f"{name}: {str(x)[:60]} and {str(y)[:60]}"]
 
 
-def curve(base: Path) -> list[dict[str, Any]]:
+def curve(base: Path, ignored: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The points of a run's curve without clocks and ignored values; none of a step where nothing else was logged."""
     path = base / "report" / "curves" / "base.jsonl"
     points = read_curve(path) if path.exists() else []
-    return [{k: v for k, v in point.items() if k not in TIMINGS} for point in points]
+    points = [{k: v for k, v in point.items() if k not in (*TIMINGS, *ignored)} for point in points]
+    return [point for point in points if len(point) > 1]
 
 
 def curve_differences(ours: Path, theirs: Path, ignored: Sequence[str] = ()) -> list[str]:
-    a, b = curve(ours), curve(theirs)
+    a, b = curve(ours, ignored), curve(theirs, ignored)
     found = [f"{len(a)} points and {len(b)}"] if len(a) != len(b) else []
-    return found + [line for x, y in zip(a, b, strict=False) for line in _different(f"step {x['step']}", x, y, ignored)]
+    return found + [line for x, y in zip(a, b, strict=False) for line in _different(f"step {x['step']}", x, y)]
