@@ -7,7 +7,10 @@
 #   bash speedrun.sh gpu8         # the real recipe: depth 20 on eight GPUs (gpu1, gpu2 and gpu4: the same on fewer)
 #   bash speedrun.sh gpu8 --plan      # each stage's command, expected time, memory and cost; starts nothing
 #   bash speedrun.sh gpu8 --commands  # the bare commands
-#   bash speedrun.sh gpu8 --resume    # go on with a run that was cut short
+#   bash speedrun.sh gpu8 --new       # a new run, though the last one was cut short and could go on
+#
+# Run it again after any interruption: it goes on where it stopped, stage and step. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1
+# make the running stage save and end; the exit code is then 75. A second Ctrl-C ends it at once.
 #
 # Everything is written under NANOCHAT_BASE_DIR (default ~/.cache/nanochat). WANDB_RUN=name logs the run to wandb.
 
@@ -32,14 +35,14 @@ if [ "$TIER" = cpu ]; then
     stage reset python -m nanochat.report reset
     stage tok_train python -m scripts.tok_train --dataset=tinyworld --max_chars=$CHARS --vocab_size=$VOCAB
     stage tok_eval python -m scripts.tok_eval
-    stage base_train python -m scripts.base_train --run="$WANDB_RUN" --dataset=tinyworld $MODEL $BATCH $RATES --warmdown_ratio=0.5 --num_iterations=$BASE_STEPS --eval_every=200 --eval_tokens=$EVAL_TOKENS --core_metric_every=-1 --sample_every=-1 --save_every=200 $COMPILE $RESUME
+    stage base_train python -m scripts.base_train --run="$WANDB_RUN" --dataset=tinyworld $MODEL $BATCH $RATES --warmdown_ratio=0.5 --num_iterations=$BASE_STEPS --eval_every=200 --eval_tokens=$EVAL_TOKENS --core_metric_every=-1 --sample_every=-1 --save_every=200 $COMPILE --resume=auto
     stage base_loss python -m scripts.base_loss --model_tag="$TAG" --device_batch_size=16 --split_tokens=$EVAL_TOKENS
     stage base_eval python -m scripts.base_eval --model_tag="$TAG" --max_per_task=$CORE
-    stage mid_train python -m scripts.mid_train --run="$WANDB_RUN" --model_tag="$TAG" --max_seq_len=256 $BATCH $RATES --num_iterations=$MID_STEPS --eval_every=100 --eval_tokens=$EVAL_TOKENS --save_every=100 $COMPILE $RESUME
+    stage mid_train python -m scripts.mid_train --run="$WANDB_RUN" --model_tag="$TAG" --max_seq_len=256 $BATCH $RATES --num_iterations=$MID_STEPS --eval_every=100 --eval_tokens=$EVAL_TOKENS --save_every=100 $COMPILE --resume=auto
     stage eval_mid python -m scripts.chat_eval -i mid --model_tag="$TAG" --max_new_tokens=128 --batch_size=32 --max_problems=$PROBLEMS
-    stage chat_sft python -m scripts.chat_sft --run="$WANDB_RUN" --model_tag="$TAG" --device_batch_size=16 --target_examples_per_step=64 $RATES --init_lr_frac=0.4 --num_iterations=$SFT_STEPS --eval_steps=8 --eval_metrics_every=-1 --save_every=100 $RESUME
+    stage chat_sft python -m scripts.chat_sft --run="$WANDB_RUN" --model_tag="$TAG" --device_batch_size=16 --target_examples_per_step=64 $RATES --init_lr_frac=0.4 --num_iterations=$SFT_STEPS --eval_steps=8 --eval_metrics_every=-1 --save_every=100 --resume=auto
     stage eval_sft python -m scripts.chat_eval -i sft --model_tag="$TAG" --max_new_tokens=128 --batch_size=32 --max_problems=$PROBLEMS
-    stage chat_rl python -m scripts.chat_rl --run="$WANDB_RUN" --model_tag="$TAG" --task=TinyWordProblems $RATES --init_lr_frac=0.1 --num_iterations=$RL_STEPS --examples_per_step=8 --device_batch_size=16 --num_samples=16 --max_new_tokens=96 --eval_every=40 --eval_examples=$RL_EXAMPLES --save_every=20 $RESUME
+    stage chat_rl python -m scripts.chat_rl --run="$WANDB_RUN" --model_tag="$TAG" --task=TinyWordProblems $RATES --init_lr_frac=0.1 --num_iterations=$RL_STEPS --examples_per_step=8 --device_batch_size=16 --num_samples=16 --max_new_tokens=96 --eval_every=40 --eval_examples=$RL_EXAMPLES --save_every=20 --resume=auto
     stage eval_rl python -m scripts.chat_eval -i rl --model_tag="$TAG" --max_new_tokens=128 --batch_size=32 --max_problems=$PROBLEMS
     stage report python -m nanochat.report generate
     finish
@@ -57,14 +60,14 @@ background shards python -m nanochat.dataset -n 240
 stage tok_train python -m scripts.tok_train --max_chars=2_000_000_000
 stage tok_eval python -m scripts.tok_eval
 await shards
-ranks base_train scripts.base_train --run="$WANDB_RUN" --depth=20 --device_batch_size=$ROWS --save_every=4000 $RESUME
+ranks base_train scripts.base_train --run="$WANDB_RUN" --depth=20 --device_batch_size=$ROWS --resume=auto
 ranks base_loss scripts.base_loss --model_tag="$TAG" --device_batch_size=$ROWS
 ranks base_eval scripts.base_eval --model_tag="$TAG"
-ranks mid_train scripts.mid_train --run="$WANDB_RUN" --model_tag="$TAG" --device_batch_size=$ROWS $RESUME
+ranks mid_train scripts.mid_train --run="$WANDB_RUN" --model_tag="$TAG" --device_batch_size=$ROWS --resume=auto
 ranks eval_mid scripts.chat_eval -i mid --model_tag="$TAG"
-ranks chat_sft scripts.chat_sft --run="$WANDB_RUN" --model_tag="$TAG" $RESUME
+ranks chat_sft scripts.chat_sft --run="$WANDB_RUN" --model_tag="$TAG" --resume=auto
 ranks eval_sft scripts.chat_eval -i sft --model_tag="$TAG"
-ranks chat_rl scripts.chat_rl --run="$WANDB_RUN" --model_tag="$TAG" --task=GSM8K $RESUME
+ranks chat_rl scripts.chat_rl --run="$WANDB_RUN" --model_tag="$TAG" --task=GSM8K --resume=auto
 ranks eval_rl scripts.chat_eval -i rl --model_tag="$TAG" -a GSM8K
 stage report python -m nanochat.report generate
 finish

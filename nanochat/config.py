@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -134,13 +136,52 @@ def parse_config(cls: type[C], argv: Sequence[str] | None = None, about: str = "
     return cls(**values)
 
 
+# What torch says in errors of a rank that is gone or has not answered in time; all else it reports is of this rank.
+LOST_RANK = re.compile(
+    "closed by peer|reset by peer|broken pipe|timed out|timeout|remote process|ncclRemoteError|was aborted"
+    "|remote server|got 0 bytes",
+    re.IGNORECASE,
+)
+
+
 def run_cli(cls: type[C], run: Callable[[C], Any], argv: Sequence[str] | None = None, about: str | None = "") -> None:
-    """Parse, run, and end a wrong input in one line on stderr with exit code 2."""
+    """Parse, run, and end a wrong input in one line on stderr with exit code 2, the loss of another rank with 1."""
     try:
         run(parse_config(cls, argv, about or ""))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        where = "" if hasattr(error, "ranks") else _rank()  # runtime.RankInputError says it itself
+        print(f"error: {where}{error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        reason = _lost_rank(error)
+        if reason is None:
+            raise
+        text = f"error: {_rank()}lost another rank, whose error stands above or in its own log ({reason})"
+        print(text, file=sys.stderr, flush=True)
+        time.sleep(1)  # so that torchrun sees the other one end first, and names it
+        raise SystemExit(1) from None
+
+
+def _rank() -> str:
+    """`rank 1: ` in a run of several. No import of torch, which a stage that has no tensors starts without."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return ""
+    return f"rank {dist.get_rank()}: "
+
+
+def _lost_rank(error: BaseException) -> str | None:
+    """What torch says of a rank that is gone; None if the error, or one before it, is of another kind.
+
+    A process group of GPUs, and the store, raise torch.distributed.Dist...Error; gloo raises a plain RuntimeError
+    that begins with its source file.
+    """
+    text = str(error)
+    of_torch = type(error).__module__ == "torch.distributed" or (type(error) is RuntimeError and "/gloo/" in text)
+    before = error.__cause__ or error.__context__
+    if not of_torch or not LOST_RANK.search(text) or (before is not None and _lost_rank(before) is None):
+        return None
+    return re.sub(r"^\[\S*\] ", "", text.splitlines()[0]).split(". ")[0]
 
 
 def report_config(cfg: Any) -> tuple[dict[str, Any], dict[str, Any]]:

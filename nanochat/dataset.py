@@ -1,10 +1,11 @@
 """Fetch pretraining shards.
 
     python -m nanochat.dataset -n 8         # shards 0 to 7 and the validation shard of climbmix, about 0.8 GB
-    python -m nanochat.dataset -n 240 -w 8  # more; those that are there already are kept
+    python -m nanochat.dataset -n 240 -w 8  # more; those that are there already are verified, and kept if whole
 
-Writes base_data_climbmix/ (climbmix) or base_data/ (fineweb-edu) in the base dir. Can be interrupted and run
-again; ends with exit code 2 and the names of the missing shards if not all could be fetched.
+Writes base_data_climbmix/ (climbmix) or base_data/ (fineweb-edu) in the base dir, and listing.json there: the size
+and the hash of each shard, by which damage is found when it is run again, and in training. Can be interrupted and
+run again; ends with exit code 2 and the names of the missing or damaged shards if not all could be fetched.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat.config import InputError, flag, run_cli
-from nanochat.data.download import HUB_URL, Job, check_parquet, fetch_all
-from nanochat.data.sources import SHARD_SETS, open_shards
+from nanochat.data.download import HUB_URL, fetch_all
+from nanochat.data.shards import SHARD_SETS
+from nanochat.data.sources import open_shards
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,7 @@ def run(cfg: DatasetConfig, url: str = HUB_URL, backoff: float = 2.0) -> None:
         print(f"{cfg.dataset} is read from {directory} (NANOCHAT_HUB_DIR); nothing to fetch")
         return
     directory.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        Job(url.format(repo=shards.repo, file=name), directory / name, check_parquet)
-        for name in map(shards.file_name, [shards.val_shard, *range(n)])
-    ]
+    jobs = [shards.job(directory / shards.file_name(i), url) for i in (shards.val_shard, *range(n))]
     print(
         f"Fetching {len(jobs)} shards of {shards.repo} into {directory} with {cfg.num_workers} workers",
         flush=True,
@@ -60,7 +59,7 @@ def run(cfg: DatasetConfig, url: str = HUB_URL, backoff: float = 2.0) -> None:
         names = sorted(path.name for path in failed)
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         reason = next(iter(failed.values()))
-        raise InputError(f"{len(failed)} of {len(jobs)} shards are missing: {shown}; first reason: {reason}")
+        raise InputError(f"{len(failed)} of {len(jobs)} shards are missing or damaged: {shown}; first reason: {reason}")
     print(f"{len(jobs)} shards are whole in {directory} ({time.perf_counter() - t0:.0f} s)")
 
 

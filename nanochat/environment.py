@@ -5,6 +5,7 @@ Stages that compute nothing with tensors start seconds sooner for it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ def is_master() -> bool:
 
 
 def print0(*args: Any, **kwargs: Any) -> None:
-    """print on rank 0."""
+    """print on rank 0. A run goes on when its terminal is gone."""
     if is_master():
-        print(*args, flush=True, **kwargs)
+        with contextlib.suppress(OSError):
+            print(*args, flush=True, **kwargs)
 
 
 def base_dir() -> Path:

@@ -20,7 +20,7 @@ from nanochat.config import InputError
 from nanochat.environment import print0
 from nanochat.optim import MuonAdamW
 from nanochat.resume import LoopState, stored
-from nanochat.runtime import Runtime
+from nanochat.runtime import Runtime, barrier
 
 KEEP = "keep"  # a file of this name in a checkpoint's directory protects it from keep_last
 
@@ -113,6 +113,7 @@ class Saver:
             InputError: it failed.
         """
         self.wait()
+        barrier()  # a launcher may end the ranks that are left once one is through
         if self.failure is not None:
             raise InputError(f"the last checkpoint is not saved: {self.failure}; {self.good()}")
 

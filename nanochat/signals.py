@@ -1,7 +1,8 @@
 """Stop signals: a training loop saves at its next step boundary, on all ranks together, and ends with EXIT_STOPPED.
 
-SIGTERM (a scheduler), SIGINT (Ctrl-C) and SIGUSR1 (a cluster's warning) are noted and not obeyed at once. A second
-Ctrl-C ends the process at once, without saving.
+SIGTERM (a scheduler), SIGINT (Ctrl-C), SIGHUP (a terminal that closed) and SIGUSR1 (a cluster's warning) are noted and
+not obeyed at once; one that is ignored, as under nohup, stays ignored. A second Ctrl-C ends the process at once,
+without saving.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ from nanochat.runtime import Runtime, all_reduce
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "run it again": --resume=auto goes on from here
 EXIT_AT_ONCE = 130  # what shells give for Ctrl-C
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 class CutShort(BaseException):
     """A stop signal came within StopSignals.cutting_short(). No Exception: what survives errors must not survive it."""
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be what is gone
+        os.write(sys.stderr.fileno(), f"\n{line}\n".encode())  # print() might be what was interrupted
 
 
 class StopSignals:
@@ -39,7 +45,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            self._before = {s: signal.signal(s, self._note) for s in SIGNALS}
+            heard = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+            self._before = {s: signal.signal(s, self._note) for s in heard}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -49,11 +56,11 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._times_interrupted += number == signal.SIGINT
         if self._times_interrupted > 1:
-            os.write(sys.stderr.fileno(), b"\nstopped at once; what was not saved is lost\n")
+            _tell("stopped at once; what was not saved is lost")
             os._exit(EXIT_AT_ONCE)
         is_first, self.name = self.name is None, self.name or signal.Signals(number).name
-        if is_first and self.rt.is_master:  # print() might be what was interrupted
-            os.write(sys.stderr.fileno(), f"\n{self.name}: saving at the end of this step\n".encode())
+        if is_first and self.rt.is_master:
+            _tell(f"{self.name}: saving at the end of this step")
         if self._cuts_short:
             self._cuts_short = False
             raise CutShort

@@ -22,7 +22,7 @@ from nanochat.environment import print0
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.resume import SMOOTHING, LoopState
-from nanochat.runtime import Runtime, all_reduce, memory_advice, peak_flops, synchronize
+from nanochat.runtime import RankError, Runtime, all_reduce, memory_advice, peak_flops, synchronize
 from nanochat.saver import Saver
 from nanochat.signals import EXIT_STOPPED, StopSignals
 from nanochat.tracking import Tracker
@@ -79,7 +79,7 @@ def train_loop(
                         if saver is not None:
                             saver.wait()
                         with stop.cutting_short():
-                            survive(evaluate, state)
+                            survive(evaluate, state, rt)
                 if stop.agreed():
                     break
                 if last:
@@ -98,13 +98,20 @@ def train_loop(
                 saver.close()
 
 
-def survive(evaluate: Evaluation, state: LoopState) -> None:
-    """An evaluation that fails must not end the training: it is shown, and counted for the report."""
+def survive(evaluate: Evaluation, state: LoopState, rt: Runtime) -> None:
+    """An evaluation that fails must not end the training: it is shown, and counted for the report.
+
+    With several ranks only what failed on all of them (`runtime.together`) can be survived: after any other error they
+    may wait for each other at different places.
+    """
     try:
         evaluate(state)
         return
     except Exception as error:
-        traceback.print_exc()
+        if rt.world_size > 1 and not isinstance(error, RankError):
+            raise
+        if error.__cause__ is not None or rt.world_size == 1:  # here, and not on another rank
+            traceback.print_exc()
         name = evaluate.__name__
         print0(f"warning: the evaluation {name!r} failed at step {state.step}, training goes on: {error}")
         failures = state.outcome.setdefault("Evaluations that failed", {})

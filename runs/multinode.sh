@@ -13,6 +13,9 @@
 # A collective waits an hour for the slowest rank, since a cold torch.compile takes minutes; NANOCHAT_TIMEOUT_MINUTES
 # changes that. The nodes wait JOIN_SECONDS for each other to begin. Training divides the batch over all ranks, so the
 # result is that of one node.
+#
+# SIGTERM, SIGINT, SIGHUP or SIGUSR1 to this process on any one node: all ranks of all nodes save at the next step, and
+# this ends with exit code 75 on each node. A rank that dies takes the others of its node along within 30 s.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . runs/setup.sh
@@ -30,7 +33,7 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the ranks of a node share its cores
 module=$1
 shift
-exec torchrun --nnodes="$NODES" --nproc_per_node="$RANKS" --max_restarts=0 \
+exec python runs/launch.py --nnodes="$NODES" --nproc_per_node="$RANKS" --max_restarts=0 \
     --rdzv_backend=c10d --rdzv_endpoint="$HEAD" --rdzv_id="${RUN_ID:-nanochat}" \
     --rdzv_conf="join_timeout=${JOIN_SECONDS:-1800},read_timeout=300" \
     -m "$module" -- "$@"

@@ -11,6 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . runs/setup.sh
+. runs/signals.sh
 [ -n "${VIRTUAL_ENV:-}" ] || setup # an environment that is active is taken as it is
 
 DATASET=climbmix
@@ -30,17 +31,18 @@ for shards in "$BASE"/base_data*; do # what was fetched before need not be fetch
 done
 OUT=$NANOCHAT_BASE_DIR/runs.jsonl
 
-launch=(python)
-if [ "${RANKS:-1}" -gt 1 ]; then launch=(torchrun --standalone --nproc_per_node="$RANKS"); fi
+python=(python)
+if [ "${RANKS:-1}" -gt 1 ]; then python=(python runs/launch.py --standalone --nproc_per_node="$RANKS"); fi
+pass_signals_on
 [ -e "$NANOCHAT_BASE_DIR/tokenizer" ] ||
-    python -m scripts.tok_train --dataset="$DATASET" --vocab_size="${VOCAB:-32768}" --max_chars="${CHARS:-500_000_000}"
+    attend python -m scripts.tok_train --dataset="$DATASET" --vocab_size="${VOCAB:-32768}" --max_chars="${CHARS:-500_000_000}"
 for depth in ${DEPTHS:-2 4 6 8}; do
     for batch in ${BATCHES:-auto}; do
         size=()
         [ "$batch" = auto ] || size=("--total_batch_size=$batch")
         echo "== depth $depth, batch $batch"
-        "${launch[@]}" bench/scaling_laws.py run "$OUT" --arch=modern --depth="$depth" "${size[@]}" \
+        attend "${python[@]}" bench/scaling_laws.py run "$OUT" --arch=modern --depth="$depth" "${size[@]}" \
             --eval_every=1000 --save_every=500 --core_metric_every=-1 --sample_every=-1 "$@"
     done
 done
-python bench/scaling_laws.py fit "$OUT" "$NANOCHAT_BASE_DIR/bpb.png"
+attend python bench/scaling_laws.py fit "$OUT" "$NANOCHAT_BASE_DIR/bpb.png"

@@ -78,7 +78,7 @@ def run(cfg: BaseLossConfig) -> dict[str, Any]:
     model.eval()
     num_batches(cfg.split_tokens, cfg.device_batch_size, model.config.sequence_len, rt.world_size)
     dataset = meta["user_config"]["dataset"]
-    source = open_source(dataset)
+    source = open_source(dataset, bad_shards=meta["user_config"].get("bad_shards", "stop"))
     results: dict[str, Any] = {}
     for split in ("train", "val"):
         results[f"{split} bpb"] = split_bpb(model, tokenizer, rt, source, split, cfg)

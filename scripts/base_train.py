@@ -9,6 +9,7 @@ Reads tokenizer/ and the data set; writes base_checkpoints/<tag>/.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -78,6 +79,7 @@ class BaseTrainConfig:
     )
     final_lr_frac: float | None = flag(None, "where it ends; -1 = auto: plain 0, modern 0.05 to 0.2", off=-1, new=True)
     dataset: str = flag("climbmix", "climbmix, fineweb-edu, tinyworld, or a folder of text", new=True)
+    bad_shards: str = flag("stop", "a damaged shard ends the run, or is left out", choices=("stop", "skip"), new=True)
     arch: str = flag("plain", "the model's architecture", choices=scaling.ARCHS, new=True)
     window_pattern: str = flag(
         "L", "S(hort) and L(ong) attention windows, over and over; the last layer's is long", new=True
@@ -230,9 +232,24 @@ def model_and_optimizer(cfg: Decided, config: GPTConfig, rt: runtime.Runtime) ->
     return model, optimizer
 
 
-def batches(cfg: Decided, rt: runtime.Runtime, split: str, cursor: dict[str, Any] | None = None) -> PackingLoader:
+def open_text(cfg: BaseTrainConfig, rt: runtime.Runtime) -> Source:
+    """
+    Raises:
+        InputError: there is none, it is damaged, or the ranks do not see the same, so that their rows would differ.
+    """
+    source = open_source(cfg.dataset, bad_shards=cfg.bad_shards)
+    if not runtime.is_same_everywhere(source.fingerprint()):
+        raise InputError(
+            f"--dataset {cfg.dataset} is not the same on all ranks; wait for downloads, or share the folder"
+        )
+    return source
+
+
+def batches(
+    cfg: Decided, rt: runtime.Runtime, source: Source, split: str, cursor: dict[str, Any] | None = None
+) -> PackingLoader:
     return PackingLoader(
-        open_source(cfg.dataset),
+        source,
         split,
         get_tokenizer(),
         batch_size=cfg.device_batch_size,
@@ -244,9 +261,11 @@ def batches(cfg: Decided, rt: runtime.Runtime, split: str, cursor: dict[str, Any
     )
 
 
-def build(cfg: Decided, rt: runtime.Runtime, saved: Checkpoint | None = None) -> tuple[Trainer, dict[str, Any]]:
+def build(
+    cfg: Decided, rt: runtime.Runtime, source: Source, saved: Checkpoint | None
+) -> tuple[Trainer, dict[str, Any]]:
     """The trainer, and the outcome lines that are known before training. The config is `decided`."""
-    tokenizer, source = get_tokenizer(), open_source(cfg.dataset)
+    tokenizer = get_tokenizer()
     shape = shape_of(cfg, tokenizer.get_vocab_size())
     steps = horizon(cfg, shape)
     accum = scaling.grad_accum_steps(cfg.total_batch_size, cfg.device_batch_size, cfg.max_seq_len, rt.world_size)
@@ -273,7 +292,7 @@ def build(cfg: Decided, rt: runtime.Runtime, saved: Checkpoint | None = None) ->
         stage="base",
         model=model,
         optimizer=optimizer,
-        loader=batches(cfg, rt, "train", cursor),
+        loader=batches(cfg, rt, source, "train", cursor),
         tracker=Tracker("base", cfg.run, rt, user_config),
         saver=Saver(rt, directory, model, optimizer, meta, state, cfg.save_every, cfg.keep_last),
         tokens_per_step=cfg.total_batch_size,
@@ -324,7 +343,7 @@ def print_sizes(shape: scaling.Shape, facts: dict[str, Any], accum: int, cfg: De
     print0(f"Total training FLOPs estimate: {total:e}")
 
 
-def evals_of(cfg: Decided, trainer: Trainer) -> list[Any]:
+def evals_of(cfg: Decided, trainer: Trainer, source: Source) -> list[Any]:
     """Validate, then estimate CORE, then sample; all but validation leave step 0 out."""
     rt, model, tokenizer = trainer.rt, trainer.model, get_tokenizer()
     token_bytes = tokenizer.token_bytes().to(rt.device)
@@ -333,9 +352,8 @@ def evals_of(cfg: Decided, trainer: Trainer) -> list[Any]:
 
     def validate(state: LoopState) -> None:
         model.eval()
-        loader = batches(cfg, rt, "val")
-        bpb = evaluate_bpb(model, itertools.islice(loader, eval_steps), token_bytes)
-        loader.close()
+        with contextlib.closing(batches(cfg, rt, source, "val")) as loader:
+            bpb = evaluate_bpb(model, itertools.islice(loader, eval_steps), token_bytes)
         state.record_val_bpb(bpb)
         print0(f"Step {state.step:05d} | Validation bpb: {bpb:.4f}")
         trainer.tracker.log(state.step, val_bpb=bpb)
@@ -350,9 +368,9 @@ def evals_of(cfg: Decided, trainer: Trainer) -> list[Any]:
             trainer.tracker.log(state.step, core_metric=result.core_metric)
 
     def sample(state: LoopState) -> None:
-        if state.step and rt.is_master:
+        if state.step:
             model.eval()
-            for text in sample_texts(model, tokenizer):
+            for text in runtime.together(lambda: sample_texts(model, tokenizer) if rt.is_master else []):
                 print0(text)
 
     return [(cfg.eval_every, validate), (cfg.core_metric_every, core), (cfg.sample_every, sample)]
@@ -379,8 +397,9 @@ def run(cfg: BaseTrainConfig) -> LoopState | None:
     saved = resume.find(rt, checkpoint.tag_directory("base", cfg.tag), cfg.resume)
     rt = resume.same_dtype(rt, saved)
     whole = decided(cfg, rt, saved)
-    trainer, facts = build(whole, rt, saved)
-    state = trainer.run(evals_of(whole, trainer))
+    source = open_text(whole, rt)
+    trainer, facts = build(whole, rt, source, saved)
+    state = trainer.run(evals_of(whole, trainer, source))
     flops = facts["Number of training tokens"] * trainer.flops_per_token
     peak = runtime.peak_memory_mib(rt.device)
     print0(f"Peak memory usage: {peak:.2f}MiB\nTotal training time: {state.train_seconds / 60:.2f}m")

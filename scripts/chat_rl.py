@@ -28,7 +28,7 @@ from nanochat.environment import print0
 from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.report import get_report
 from nanochat.resume import LoopState
-from nanochat.runtime import all_reduce
+from nanochat.runtime import all_reduce, together
 from nanochat.saver import Saver
 from nanochat.tracking import DUMMY, Tracker
 from nanochat.trainer import accumulate, muon_dtype, optimizer_step, train_loop
@@ -165,9 +165,15 @@ def pass_at_k(policy: Policy, task: Task, cfg: ChatRLConfig) -> list[float]:
     rt, k = policy.rt, cfg.device_batch_size
     n = min(cfg.eval_examples, len(task))
     mine = range(rt.rank, n, rt.world_size)
-    rewards = policy.roll_out(task, mine, k, step_seed(cfg.seed, -1, rt.rank)).rewards if mine else torch.zeros(0, k)
-    solved = (rewards > 0).cummax(dim=1).values.sum(dim=0).double().to(rt.device)
-    return [float(x) / n for x in all_reduce(solved)]
+
+    def solved() -> Tensor:
+        """(k,) of this rank's examples."""
+        rewards = (
+            policy.roll_out(task, mine, k, step_seed(cfg.seed, -1, rt.rank)).rewards if mine else torch.zeros(0, k)
+        )
+        return (rewards > 0).cummax(dim=1).values.sum(dim=0).double().to(rt.device)
+
+    return [float(x) / n for x in all_reduce(together(solved))]
 
 
 @dataclass

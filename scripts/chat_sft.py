@@ -26,7 +26,7 @@ from nanochat.evals.chat import evaluate_task
 from nanochat.optim import build_optimizer
 from nanochat.report import get_report
 from nanochat.resume import LoopState
-from nanochat.runtime import all_reduce
+from nanochat.runtime import all_reduce, together
 from nanochat.saver import Saver
 from nanochat.tracking import DUMMY, Tracker
 from nanochat.trainer import Trainer, muon_dtype
@@ -98,15 +98,14 @@ def accumulation(cfg: ChatSFTConfig, world_size: int) -> int:
     return cfg.target_examples_per_step // per_pass
 
 
-def validation_loss(model: Any, loader: PaddedConversations, steps: int, device: torch.device) -> float:
-    """Mean loss per supervised token, in nats, over `steps` batches of every rank."""
+@torch.no_grad()
+def loss_sums(model: Any, loader: PaddedConversations, steps: int, device: torch.device) -> torch.Tensor:
+    """(2,) fp64: nats and supervised tokens of this rank, over `steps` batches."""
     sums = torch.zeros(2, dtype=torch.float64)
-    with torch.no_grad():
-        for inputs, targets in itertools.islice(loader, steps):
-            sums[0] += model(inputs, targets, reduction="sum").double().cpu()
-            sums[1] += (targets != -1).sum().cpu()
-    sums = all_reduce(sums.to(device) if device.type == "cuda" else sums)
-    return float(sums[0] / sums[1].clamp(min=1))
+    for inputs, targets in itertools.islice(loader, steps):
+        sums[0] += model(inputs, targets, reduction="sum").double().cpu()
+        sums[1] += (targets != -1).sum().cpu()
+    return sums.to(device) if device.type == "cuda" else sums
 
 
 def build(
@@ -182,7 +181,8 @@ def run(cfg: ChatSFTConfig) -> LoopState:
     def validate(state: LoopState) -> None:
         model.eval()
         loader = PaddedConversations(val, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt)
-        losses.append(validation_loss(model, loader, cfg.eval_steps, rt.device))
+        nats, tokens = all_reduce(together(lambda: loss_sums(model, loader, cfg.eval_steps, rt.device))).tolist()
+        losses.append(nats / max(1, tokens))
         print0(f"Step {state.step:05d} | Validation loss: {losses[-1]:.6f}")
         trainer.tracker.log(state.step, val_loss=losses[-1])
 

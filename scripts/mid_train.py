@@ -9,6 +9,7 @@ mid_checkpoints/<tag>/.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -158,9 +159,9 @@ def run(cfg: MidTrainConfig) -> LoopState:
 
     def validate(state: LoopState) -> None:
         model.eval()
-        loader = PackedConversations(val, tokenizer, cfg.device_batch_size, cfg.max_seq_len, rt)
-        bpb = evaluate_bpb(model, itertools.islice(loader, eval_steps), token_bytes)
-        loader.close()
+        rows, T = cfg.device_batch_size, cfg.max_seq_len
+        with contextlib.closing(PackedConversations(val, tokenizer, rows, T, rt)) as loader:
+            bpb = evaluate_bpb(model, itertools.islice(loader, eval_steps), token_bytes)
         state.record_val_bpb(bpb)
         print0(f"Step {state.step:05d} | Validation bpb: {bpb:.4f}")
         trainer.tracker.log(state.step, val_bpb=bpb)

@@ -41,6 +41,7 @@ class TokTrainConfig:
     doc_cap: int = flag(10_000, "characters used of each document")
     vocab_size: int = flag(65_536, "ids, the nine special tokens included")
     dataset: str = flag("climbmix", "climbmix, fineweb-edu, tinyworld or a folder of text", new=True)
+    bad_shards: str = flag("stop", "a damaged shard ends the run, or is left out", choices=("stop", "skip"), new=True)
     pattern: str = flag("ours", "how a text is cut before merging: ours, gpt2, gpt4 or a regular expression", new=True)
 
     def __post_init__(self) -> None:
@@ -120,7 +121,7 @@ class MergeBar:
 
 
 def run(cfg: TokTrainConfig) -> Tokenizer:
-    reader = Reader(open_source(cfg.dataset), cfg)
+    reader = Reader(open_source(cfg.dataset, bad_shards=cfg.bad_shards), cfg)
     start = time.perf_counter()
     pattern = PATTERNS.get(cfg.pattern, cfg.pattern)
     tokenizer = Tokenizer.train_from_iterator(reader, cfg.vocab_size, pattern, MergeBar())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from functools import partial
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from bench import ablate, common, gpu_suite, packed, results, time_to_bpb
+from bench import checkpoint as saving_bench
 from bench.ablate import Candidate, Pairs, judge, leave_one_out, neighbours, paired_p, t_two_sided
-from bench.common import Plan, Setting
+from bench.common import Built, Plan, Setting
 from bench.packed import Text
 from bench.results import Results, Task, run_all
 from nanochat import checkpoint, scaling
@@ -259,8 +261,9 @@ def test_a_run_equals_a_plain_loop_that_never_warmed_up():
     assert found["tokens"] == 96 and found["seconds"] == pytest.approx(found["curve"][-1][1])
 
 
-def test_a_run_that_diverges_is_a_result_and_no_crash():
-    found = common.train_run(Setting(1, "plain", 0, {**TINY, "embedding_lr": 1e38}), tiny_plan(), tiny_text())
+def test_a_run_that_diverges_is_a_result_and_no_crash(monkeypatch):
+    monkeypatch.setattr(common, "accumulate", lambda *args: torch.tensor(float("nan")))
+    found = common.train_run(Setting(1, "plain", 0, TINY), tiny_plan(), tiny_text())
     assert found["bpb"] is None and json.dumps(found)
 
 
@@ -321,3 +324,18 @@ def test_without_a_gpu_it_is_one_line_and_exit_code_2(capsys):
         gpu_suite.main(["--data=packed.npz"])
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: torch finds no GPU here; use --tiny to try the suite on a CPU\n"
+
+
+# ---- Checkpoints
+
+
+def test_the_cost_of_saving_is_the_difference_of_stretches_with_and_without_a_checkpoint(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(Built, "timed_step", lambda self, batches, step: (self.step(batches, step), (2.0, 0.0))[1])
+    monkeypatch.setattr(saving_bench.time, "perf_counter", lambda: float(next(clock)))  # a second goes by at each look
+    found = saving_bench.saving(Setting(1, "plain", 0, TINY), tiny_plan(), 64, pairs=2)
+    steps = tiny_plan().steps
+    assert found["without"] == [2.0 * steps] * 2
+    assert found["with"] == [2.0 * steps + copying for copying in found["copying"]]
+    assert found["cost_percent"] == pytest.approx(100 * sum(found["copying"]) / (4.0 * steps))
+    assert found["bytes"] > 0 and len(found["writing"]) == 2

@@ -12,7 +12,7 @@ from nanochat.config import InputError, parse_config
 from nanochat.evals import chat
 from nanochat.evals.chat import ChatResult, chat_core, evaluate_task
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import Runtime
+from nanochat.runtime import RankError, Runtime
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_eval
 from tasks.common import Task, evaluate_letter, mc_conversation
@@ -220,7 +220,7 @@ def test_generated_answers_do_not_depend_on_the_batch(model, tokenizer, temperat
 def test_a_task_that_crashes_while_scoring_stops_the_evaluation(model, tokenizer, monkeypatch):
     script_engine(monkeypatch, ["x"])
     monkeypatch.setattr(Echo, "evaluate", lambda self, c, r: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(RankError, match="ZeroDivisionError"):
         evaluate_task(Echo(1), model, tokenizer, RT)
 
 

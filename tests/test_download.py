@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
+import json
+import multiprocessing
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,73 +17,21 @@ from nanochat import dataset
 from nanochat.config import InputError
 from nanochat.data import download
 from nanochat.data.download import Job, check_parquet, fetch, fetch_all
+from nanochat.data.listing import LISTING, read_listing, record
+from tests.file_server import Server, serve
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 
 
-@dataclass
-class Server:
-    """What the server has, how it misbehaves, and what it was asked."""
-
-    url: str = ""
-    files: dict[str, bytes] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)  # one is used up by each request
-    etag: str | None = None
-    has_ranges: bool = True
-    requests: list[tuple[str, str | None]] = field(default_factory=list)  # (name, Range)
-
-
-def handler_of(state: Server) -> type[http.server.BaseHTTPRequestHandler]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            name, asked = self.path.rsplit("/", 1)[-1], self.headers.get("Range")
-            state.requests.append((name, asked))
-            fault = state.faults.pop(0) if state.faults else ""
-            content = state.files.get(name)
-            if content is None or fault.isdigit():
-                self.send_error(int(fault) if fault else 404)
-                return
-            if fault == "garbage":
-                content = b"x" * len(content)
-            start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and state.has_ranges else 0
-            if start >= len(content) > 0:
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(content)}")
-                self.end_headers()
-                return
-            self.send_response(206 if start else 200)
-            if start:
-                told = start - 10 if fault == "wrong range" else start
-                self.send_header("Content-Range", f"bytes {told}-{len(content) - 1}/{len(content)}")
-            if fault != "no length":
-                self.send_header("Content-Length", str(len(content) - start))
-            if state.etag:
-                self.send_header("X-Linked-Etag", f'"{state.etag}"')
-            self.end_headers()
-            body = content[start:]
-            self.wfile.write(body[:65536] if fault == "break" else body)
-
-    return Handler
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    state = Server()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler_of(state)) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        state.url = f"http://127.0.0.1:{httpd.server_address[1]}/"
+    with serve() as state:
         state.files["a.bin"] = CONTENT
         yield state
-        httpd.shutdown()
-        thread.join()
 
 
 def names(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir() if p.name != ".locks"}
+    return {p.name for p in folder.iterdir() if p.name not in (".locks", LISTING)}
 
 
 def parquet_bytes(tmp_path: Path, text: str = "hello") -> bytes:
@@ -250,7 +198,9 @@ def test_n_2_fetches_shards_0_and_1_and_always_the_validation_shard(shards: Serv
 
 
 def test_a_shard_that_cannot_be_fetched_is_named(shards: Server, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"2 of 6 shards are missing: shard_00003\.parquet, shard_00004\.parquet"):
+    with pytest.raises(
+        InputError, match=r"2 of 6 shards are missing or damaged: shard_00003\.parquet, shard_00004\.parquet"
+    ):
         dataset.run(dataset.DatasetConfig(num_files=5), shards.url + "{repo}/{file}", backoff=0)
 
 
@@ -284,3 +234,105 @@ def test_shards_of_a_mirror_are_not_fetched_but_named_if_missing(
     assert shards.requests == []
     with pytest.raises(InputError, match=r"shard_00001\.parquet"):
         dataset.run(dataset.DatasetConfig(num_files=2), shards.url + "{repo}/{file}")
+
+
+# --- listing.json
+
+
+def fetch_shards(shards: Server, n: int = 2) -> None:
+    dataset.run(dataset.DatasetConfig(num_files=n), shards.url + "{repo}/{file}", backoff=0)
+
+
+def flip(path: Path, at: int = 10) -> None:
+    """Damage of equal size, behind a good footer."""
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 255
+    path.write_bytes(raw)
+
+
+def test_what_was_fetched_is_listed_with_size_and_hash(shards: Server, tmp_path: Path) -> None:
+    fetch_shards(shards)
+    listing = json.loads((tmp_path / "base" / "base_data_climbmix" / LISTING).read_text(encoding="utf-8"))
+    wanted = {name: shards.files[name] for name in (f"shard_{i:05d}.parquet" for i in (0, 1, 6542))}
+    assert listing == {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in wanted.items()}
+    fetch_shards(shards, 3)
+    assert read_listing(tmp_path / "base" / "base_data_climbmix").keys() == {*wanted, "shard_00002.parquet"}
+
+
+def test_run_again_it_names_and_fetches_what_is_damaged_or_gone_and_nothing_else(
+    shards: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "base" / "base_data_climbmix"
+    fetch_shards(shards, 3)
+    flip(folder / "shard_00000.parquet")
+    (folder / "shard_00001.parquet").unlink()
+    shards.requests.clear()
+    fetch_shards(shards, 3)
+    assert sorted(name for name, _ in shards.requests) == ["shard_00000.parquet", "shard_00001.parquet"]
+    for i in range(3):
+        assert (folder / f"shard_{i:05d}.parquet").read_bytes() == shards.files[f"shard_{i:05d}.parquet"]
+    out = capsys.readouterr().out
+    assert "shard_00000.parquet is damaged (SHA-256 is " in out and "shard_00001.parquet is missing, though" in out
+
+
+def test_a_file_from_before_there_was_a_listing_needs_the_hash_that_the_server_tells(
+    server: Server, tmp_path: Path
+) -> None:
+    server.etag = hashlib.sha256(CONTENT).hexdigest()
+    (tmp_path / "a.bin").write_bytes(CONTENT)
+    flip(tmp_path / "a.bin")
+    fetch(Job(server.url + "a.bin", tmp_path / "a.bin"))
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+    assert (len(server.requests), server.asked) == (1, ["a.bin"])
+    fetch(Job(server.url + "a.bin", tmp_path / "a.bin"))
+    assert (len(server.requests), server.asked) == (1, ["a.bin"])  # the listing knows
+
+
+def test_a_whole_file_without_a_listing_is_listed_also_where_no_server_answers(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(CONTENT)
+    fetch(Job("http://127.0.0.1:9/a.bin", tmp_path / "a.bin"), backoff=0)
+    assert read_listing(tmp_path)["a.bin"] == (len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+
+
+def test_a_damaged_file_stays_until_its_replacement_is_whole(server: Server, tmp_path: Path) -> None:
+    fetch(Job(server.url + "a.bin", tmp_path / "a.bin"))
+    flip(tmp_path / "a.bin")
+    damaged = (tmp_path / "a.bin").read_bytes()
+    server.files.clear()
+    with pytest.raises(InputError, match="404"):
+        fetch(Job(server.url + "a.bin", tmp_path / "a.bin"), backoff=0)
+    assert (tmp_path / "a.bin").read_bytes() == damaged
+
+
+def test_another_version_on_the_server_is_refused_before_it_is_fetched(server: Server, tmp_path: Path) -> None:
+    fetch(Job(server.url + "a.bin", tmp_path / "a.bin"))
+    (tmp_path / "a.bin").unlink()
+    server.files["a.bin"] = CONTENT[::-1]
+    server.etag = hashlib.sha256(CONTENT[::-1]).hexdigest()
+    with pytest.raises(InputError, match=r"a\.bin has another version now .*delete listing\.json"):
+        fetch(Job(server.url + "a.bin", tmp_path / "a.bin"), backoff=0)
+    assert names(tmp_path) == set()
+
+
+def record_many(folder: Path, first: int) -> None:
+    for i in range(first, first + 10):
+        (folder / f"{i}.bin").write_bytes(b"x" * i)
+        record(folder / f"{i}.bin", "0" * 64)
+
+
+def test_no_process_loses_what_another_lists(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=record_many, args=(tmp_path, 10 * p)) for p in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert read_listing(tmp_path) == {f"{i}.bin": (i, "0" * 64) for i in range(30)}
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"a": 3}', b'{"a": {"bytes": 3}}', b"\xff"])
+def test_a_damaged_listing_ends_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / LISTING).write_bytes(content)
+    with pytest.raises(InputError, match=r"listing\.json is no listing .*; delete it") as caught:
+        read_listing(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -73,24 +78,109 @@ def test_the_skypilot_task_runs_bash_on_every_node_and_sets_what_multinode_needs
 
 
 def test_a_slurm_job_starts_one_torchrun_a_node_and_names_the_first_as_head(tmp_path):
+    done = slurm(tmp_path, srun='echo "$NODES $HEAD $RUN_ID $*"')
+    asked = "--kill-on-bad-exit=0 --wait=25 --cpus-per-task=96 bash runs/multinode.sh scripts.base_train --depth=4"
+    assert done.stdout == f"2 n3:30001 70001 {asked}\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "requeued"),
+    [(75, {"REQUEUE": "yes"}, "requeue 70001\n"), (75, {}, ""), (1, {"REQUEUE": "yes"}, "")],
+)
+def test_a_slurm_job_that_was_stopped_puts_itself_back_into_the_queue_when_told_to(
+    tmp_path, code, environment, requeued
+):
+    done = slurm(tmp_path, srun=f"exit {code}", **environment)
+    assert (done.returncode, done.stdout) == (code, requeued), done.stderr
+
+
+def slurm(folder: Path, srun: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """runs/slurm.sh with stand-ins for Slurm's commands."""
     for name, text in {
-        "srun": 'echo "$NODES $HEAD $RUN_ID $*"',
-        "scontrol": '[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"',
+        "srun": srun,
+        "scontrol": '[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n" || echo "$*"',
     }.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    slurm = {
-        "SLURM_SUBMIT_DIR": str(tmp_path),
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    job = {
+        "SLURM_SUBMIT_DIR": str(folder),
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_ID": "70001",
         "SLURM_JOB_NODELIST": "n[3-4]",
         "SLURM_CPUS_ON_NODE": "96",
     }
-    env = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env = {**os.environ, **job, **environment, "PATH": f"{folder}:{os.environ['PATH']}"}
     command = ["bash", str(ROOT / "runs" / "slurm.sh"), "scripts.base_train", "--depth=4"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    asked = "--kill-on-bad-exit=1 --cpus-per-task=96 bash runs/multinode.sh scripts.base_train --depth=4"
-    assert done.stdout == f"2 n3:30001 70001 {asked}\n", done.stderr
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+
+
+# Rank 1 dies if it is told to; rank 0 waits for it, as in a collective.
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+
+folder, dies, rank = Path(sys.argv[1]), sys.argv[2:] == ["dies"], int(os.environ["RANK"])
+caught = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda n, frame: caught.append(signal.Signals(n).name))
+(folder / f"rank{rank}").write_text(str(os.getpid()))
+until = time.monotonic() + 120
+while time.monotonic() < until:
+    time.sleep(0.01)
+    if dies and rank == 1 and (folder / "rank0").exists():
+        raise RuntimeError("rank 1 has found a mistake")
+    if caught and not dies:
+        time.sleep(rank)  # the ranks do not end in the same moment
+        (folder / f"saved{rank}").write_text(" ".join(caught[:1]))
+        sys.exit(75)
+"""
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts two stand-ins as the ranks of a node, through runs/multinode.sh; none is left at the end."""
+    (tmp_path / "toy_rank.py").write_text(RANK)
+    started = []
+
+    def start(*words: str) -> subprocess.Popen[str]:
+        settings = {"NODES": "1", "RANKS": "2", "HEAD": "127.0.0.1:0", "PYTHONPATH": str(tmp_path)}
+        started.append(node(tmp_path, "toy_rank", str(tmp_path), *words, **settings))
+        until = time.monotonic() + 120  # the launcher imports torch
+        while not all((tmp_path / f"rank{rank}").exists() for rank in range(2)):
+            assert started[-1].poll() is None and time.monotonic() < until, started[-1].communicate()
+            time.sleep(0.05)
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+    for path in tmp_path.glob("rank?"):
+        with suppress(ProcessLookupError):
+            os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+def gone(path: Path) -> bool:
+    return not psutil.pid_exists(int(path.read_text()))
+
+
+def test_a_warning_to_a_node_reaches_its_ranks_and_its_exit_code_is_theirs(ranks, tmp_path):
+    one = ranks()
+    one.send_signal(signal.SIGUSR1)
+    _, error = one.communicate(timeout=60)
+    assert one.returncode == 75, error
+    assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_one_that_hangs_along_within_30_s_and_its_error_is_shown(ranks, tmp_path):
+    one = ranks("dies")
+    began = time.monotonic()
+    while not gone(tmp_path / "rank0"):
+        assert time.monotonic() < began + 30
+        time.sleep(0.1)
+    _, error = one.communicate(timeout=60)
+    assert one.returncode == 1
+    assert "RuntimeError: rank 1 has found a mistake" in error
 
 
 @pytest.mark.slow

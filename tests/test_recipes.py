@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -207,69 +213,384 @@ def test_the_tier_is_the_largest_that_the_machine_can_run(num_gpus, tier, tmp_pa
     assert done.stderr == f"tier: {tier} ({num_gpus} GPUs found)\n"
 
 
+# A recipe of stand-ins. `stage.py NAME` stands for a stage that trains and saves on a signal, `sleep` for one that does
+# not know signals.
 TOY = """
 set -euo pipefail
 . {root}/runs/recipe.sh
 setup() {{ :; }}
-parse_arguments "cpu" "$@"
-begin d2
+parse_arguments "cpu gpu2" "$@"
+begin ${{MODEL:-d2}}
 stage first touch {folder}/first
-background download test -e {folder}/network
-stage second test -e {folder}/go
+background download python {folder}/stage.py {folder} download
+stage evaluate sh -c "echo evaluate $EVAL >>{folder}/log"
+stage train python {folder}/stage.py {folder} train $RATE --device_batch_size=$GPUS --resume=auto
 await download
-stage third touch {folder}/third
+ranks last toy_last --resume=auto
 finish sft
 """
+STAGE = """
+import os, signal, sys, time
+from pathlib import Path
+
+folder, name = Path(sys.argv[1]), sys.argv[2]
+log = (folder / ("downloads" if name == "download" else "log")).open("a", buffering=1)
+caught = []
+
+def note(number, frame):
+    log.write(f"{name} {signal.Signals(number).name}\\n")
+    caught.append(number)
+    if caught.count(signal.SIGINT) > 1:
+        os._exit(130)
+
+if name != "download":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, note)
+log.write(f"{name} begins\\n")
+(folder / f"{name}.pid").write_text(str(os.getpid()))
+while not (folder / f"{name}.go").exists():
+    time.sleep(0.01)
+    if caught and not (folder / "hangs").exists():
+        time.sleep(0.1)
+        log.write(f"{name} saved\\n")
+        sys.exit(75)
+if (folder / f"{name}.fails").exists():
+    sys.exit("no network")
+log.write(f"{name} ends\\n")
+"""
+ENDS_IN = 40  # seconds that anything may take on a busy machine
 
 
-def toy(folder: Path) -> Path:
-    script = folder / "toy.sh"
-    script.write_text(TOY.format(root=ROOT, folder=folder))
-    (folder / "base").mkdir()
-    return script
+@dataclass
+class Run:
+    """A recipe in a session of its own."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    err: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def left(self) -> list[psutil.Process]:
+        """What is still there of it and of all that it started."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
 
 
-def test_a_run_that_was_cut_goes_on_where_it_stopped(tmp_path):
-    script = toy(tmp_path)
-    env = {"NANOCHAT_BASE_DIR": str(tmp_path / "base")}
-    (tmp_path / "network").touch()
-    cut = bash(script, **env)
-    assert cut.returncode == 1  # that of `test`
-    assert "error: stage second ended with exit code 1" in cut.stderr and "--resume" in cut.stderr
-    assert not (tmp_path / "third").exists()
+class Toy:
+    """Runs of the stand-in recipe."""
 
-    (tmp_path / "first").unlink()
-    (tmp_path / "go").touch()
-    resumed = bash(script, "--resume", **env)
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.base = folder, folder / "base"
+        self.runs: list[Run] = []
+        self.script = folder / "toy.sh"
+        self.script.write_text(TOY.format(root=ROOT, folder=folder))
+        (folder / "stage.py").write_text(STAGE)
+        for name in ("log", "downloads"):  # the latter apart, as it runs beside the others
+            (folder / name).touch()
+        machine(folder, num_gpus=2)
+        (folder / "modules").mkdir()
+        (folder / "modules" / "toy_last.py").write_text(f"open({str(folder / 'log')!r}, 'a').write('last ends\\n')")
+        self.go("download")
+
+    def go(self, *names: str) -> None:
+        """Let these stages end."""
+        for name in names:
+            (self.folder / f"{name}.go").touch()
+
+    @property
+    def log(self) -> list[str]:
+        return (self.folder / "log").read_text().splitlines()
+
+    @property
+    def downloads(self) -> list[str]:
+        return (self.folder / "downloads").read_text().splitlines()
+
+    def pid(self, name: str) -> int:
+        return int((self.folder / f"{name}.pid").read_text())
+
+    def start(self, *arguments: str, tier: str = "cpu", **environment: str) -> Run:
+        given = {"NANOCHAT_BASE_DIR": str(self.base), "EVAL": "", "RATE": "--rate=1", **environment}
+        path = f"{self.folder}:{sys.prefix}/bin:{os.environ['PATH']}"
+        outputs = [self.folder / f"run{len(self.runs)}.{kind}" for kind in ("out", "err")]
+        with outputs[0].open("w") as out, outputs[1].open("w") as err:
+            process = subprocess.Popen(
+                ["bash", str(self.script), tier, *arguments],
+                env={**os.environ, **given, "PATH": path, "PYTHONPATH": str(self.folder / "modules")},
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        self.runs.append(Run(process, *outputs))
+        return self.runs[-1]
+
+    def end(self, run: Run) -> subprocess.CompletedProcess[str]:
+        """Wait for it, and for all that it started."""
+        code = run.process.wait(ENDS_IN)
+        wait_for(lambda: not run.left())
+        return subprocess.CompletedProcess([], code, run.out.read_text(), run.err.read_text())
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.end(self.start(*arguments, **environment))
+
+    def start_until(self, line: str, *arguments: str, **environment: str) -> Run:
+        """Start it, and return when the log has this line once more."""
+        before = self.log.count(line)
+        run = self.start(*arguments, **environment)
+        wait_for(lambda: self.log.count(line) > before or run.process.poll() is not None)
+        assert run.process.poll() is None, run.err.read_text()
+        return run
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + ENDS_IN
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Iterator[Toy]:
+    one = Toy(tmp_path)
+    yield one
+    for process in [process for run in one.runs for process in run.left()]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    for run in one.runs:
+        run.process.wait(ENDS_IN)
+
+
+@pytest.mark.parametrize(
+    ("sent", "to", "received"),
+    [
+        ("SIGINT", "group", "SIGINT"),  # what Ctrl-C in a terminal does
+        ("SIGINT", "recipe", "SIGINT"),
+        ("SIGTERM", "group", "SIGTERM"),
+        ("SIGTERM", "recipe", "SIGTERM"),
+        ("SIGUSR1", "recipe", "SIGTERM"),
+        ("SIGHUP", "group", "SIGTERM"),
+    ],
+)
+def test_a_signal_reaches_the_stage_once_and_after_it_has_saved_the_same_command_goes_on(toy, sent, to, received):
+    started = toy.start_until("train begins")
+    (os.killpg if to == "group" else os.kill)(started.pid, signal.Signals[sent])
+    stopped = toy.end(started)
+    assert toy.log[-2:] == [f"train {received}", "train saved"]
+    assert stopped.returncode == 75
+    assert stopped.stderr == (f"stopped by {sent} at stage train, all is saved; go on with: bash {toy.script} cpu\n")
+
+    (toy.folder / "first").unlink()
+    toy.go("train")
+    resumed = toy.run()
     assert resumed.returncode == 0, resumed.stderr
-    assert not (tmp_path / "first").exists()  # was not run a second time
-    assert (tmp_path / "third").exists()
+    assert not (toy.folder / "first").exists()  # was not run a second time
+    assert toy.log[-3:] == ["train begins", "train ends", "last ends"]
+    first, *_ = resumed.stdout.splitlines()
+    assert first.startswith("== going on with the run of d2") and first.endswith(f"bash {toy.script} cpu --new")
     assert "scripts.chat_cli -i sft -g d2" in resumed.stdout
 
 
-def test_a_download_that_fails_in_the_background_ends_the_run(tmp_path):
-    script = toy(tmp_path)
-    (tmp_path / "go").touch()
-    done = bash(script, NANOCHAT_BASE_DIR=str(tmp_path / "base"))
-    assert done.returncode == 2
-    assert "error: stage download failed" in done.stderr
-    assert not (tmp_path / "third").exists()
+def test_a_second_ctrl_c_ends_a_stage_that_does_not_save(toy):
+    (toy.folder / "hangs").touch()
+    started = toy.start_until("train begins")
+    os.killpg(started.pid, signal.SIGINT)
+    wait_for(lambda: toy.log[-1] == "train SIGINT")
+    os.killpg(started.pid, signal.SIGINT)
+    stopped = toy.end(started)
+    assert stopped.returncode == 130
+    assert stopped.stderr.startswith("stopped by SIGINT at stage train (exit code 130); go on with: ")
+    assert stopped.stderr.count("\n") == 1
 
 
-def test_a_new_run_finds_no_checkpoint_of_the_last_one_and_keeps_it(tmp_path):
-    script = toy(tmp_path)
-    (tmp_path / "go").touch()
-    (tmp_path / "network").touch()
+def test_a_stage_that_does_not_know_signals_ends_at_once_and_is_run_again(toy):
+    toy.go("train")
+    started = toy.start(EVAL="; exec sleep 60")
+    wait_for(lambda: any(p.name() == "sleep" for p in started.left()))
+    os.kill(started.pid, signal.SIGTERM)
+    stopped = toy.end(started)
+    assert stopped.returncode == 143
+    assert stopped.stderr.startswith("stopped by SIGTERM at stage evaluate (exit code 143); go on with: ")
+    assert toy.run().returncode == 0
+    assert [line for line in toy.log if line.startswith("evaluate")] == ["evaluate"]
+
+
+def test_a_stage_that_ends_in_spite_of_the_signal_is_through_and_the_next_is_not_started(toy):
+    (toy.folder / "hangs").touch()
+    started = toy.start_until("train begins")
+    os.kill(started.pid, signal.SIGTERM)
+    wait_for(lambda: toy.log[-1] == "train SIGTERM")
+    toy.go("train")
+    stopped = toy.end(started)
+    assert (stopped.returncode, toy.log[-1]) == (75, "train ends")
+    assert "all is saved" in stopped.stderr
+    assert toy.run().returncode == 0
+    assert (toy.log.count("train begins"), toy.log[-1]) == (1, "last ends")
+
+
+@pytest.mark.parametrize("name", ["train", "download"])
+def test_a_stage_that_fails_ends_the_run_with_its_code_and_says_how_to_go_on(toy, name):
+    (toy.folder / f"{name}.fails").touch()
+    toy.go("train")
+    failed = toy.run()
+    assert failed.returncode == 1
+    message = f"error: stage {name} ended with exit code 1; mend it, then go on with: bash {toy.script}"
+    assert failed.stderr.startswith(f"no network\n{message}") and failed.stderr.count("\n") == 2
+    (toy.folder / f"{name}.fails").unlink()
+    assert toy.run().returncode == 0
+    assert toy.log[-1] == "last ends"
+
+
+def test_a_download_ends_with_its_run_and_is_begun_again_until_it_is_through(toy):
+    (toy.folder / "download.go").unlink()
+    toy.go("train")
+    started = toy.start_until("train ends")
+    wait_for(lambda: "done train" in (toy.base / "run" / "state").read_text())
+    wait_for(lambda: "download begins" in toy.downloads)
+    os.kill(started.pid, signal.SIGTERM)  # while the recipe waits for it
+    stopped = toy.end(started)  # nothing of it is left
+    assert stopped.returncode == 143
+    assert "at stage download (exit code 143)" in stopped.stderr
+    toy.go("download")
+    resumed = toy.run()
+    assert resumed.returncode == 0, resumed.stderr
+    assert (toy.downloads.count("download begins"), toy.log.count("train begins")) == (2, 1)
+
+
+def test_kill_9_of_the_recipe_blocks_nothing_and_its_stage_saves_before_the_next_run_goes_on(toy):
+    started = toy.start_until("train begins")
+    started.process.kill()
+    started.process.wait(ENDS_IN)
+    again = toy.start_until("train begins")
+    assert toy.log[-3:] == ["train SIGTERM", "train saved", "train begins"]  # never two of them at once
+    toy.go("train")
+    resumed = toy.end(again)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "is left of a run that was killed" in resumed.stdout and "== going on with" in resumed.stdout
+
+
+def test_kill_9_of_recipe_and_stage_blocks_nothing(toy):
+    started = toy.start_until("train begins")
+    started.process.kill()
+    os.kill(toy.pid("train"), signal.SIGKILL)
+    started.process.wait(ENDS_IN)
+    toy.go("train")
+    assert toy.run().returncode == 0
+    assert (toy.base / "run" / "lock").exists()  # the file stays; what locks is the kernel's
+
+
+def test_two_runs_in_one_base_directory_at_once_are_refused_and_the_first_is_not_disturbed(toy):
+    first = toy.start_until("train begins")
+    for model in ("d2", "d4"):  # the tokenizer and the report are of both
+        second = toy.run(MODEL=model)
+        assert second.returncode == 2
+        assert second.stderr.startswith(f"error: process {first.pid} on ") and second.stderr.count("\n") == 1
+    toy.go("train")
+    assert toy.end(first).returncode == 0
+    assert toy.log.count("train begins") == 1
+
+
+def cut(toy: Toy, *, last_stage: bool = True) -> None:
+    """A run that was cut in its last stage, or just after it."""
+    toy.go("train")
+    assert toy.run().returncode == 0
+    state = toy.base / "run" / "state"
+    lines = [line for line in state.read_text().splitlines() if line != "through"]
+    state.write_text("\n".join(lines[: -1 if last_stage else None]) + "\n")
+
+
+def test_after_a_run_that_was_through_a_new_one_begins_and_the_last_one_is_set_aside(toy):
+    toy.go("train")
+    base = toy.base
     for name in ("base_checkpoints/d2/step_000009", "base_checkpoints/d4/step_000009", "tokenizer"):
-        (tmp_path / "base" / name).mkdir(parents=True)
-    assert bash(script, NANOCHAT_BASE_DIR=str(tmp_path / "base")).returncode == 0
-    assert not (tmp_path / "base/base_checkpoints/d2").exists()
-    assert (tmp_path / "base/previous/base_checkpoints/d2/step_000009").is_dir()
-    assert (tmp_path / "base/previous/tokenizer").is_dir()
-    assert (tmp_path / "base/base_checkpoints/d4").is_dir()  # another recipe's
+        (base / name).mkdir(parents=True)
+    assert toy.run().returncode == 0
+    assert not (base / "base_checkpoints/d2").exists()
+    assert (base / "previous/base_checkpoints/d2/step_000009").is_dir()
+    assert (base / "previous/tokenizer").is_dir()
+    assert (base / "base_checkpoints/d4").is_dir()  # of no run that we know of
+
+    (base / "chatrl_checkpoints/d2/step_000005").mkdir(parents=True)
+    again = toy.run(MODEL="d4")  # its tokenizer is another, so d2 goes with the one that it was trained with
+    assert again.stdout.startswith("== a new run of d4 in ")
+    assert (base / "previous/chatrl_checkpoints/d2/step_000005").is_dir()
+    assert not (base / "chatrl_checkpoints/d2").exists()
+    assert toy.log.count("train begins") == 2
 
 
-def test_resuming_what_was_never_begun_is_refused(tmp_path):
-    done = bash(toy(tmp_path), "--resume", NANOCHAT_BASE_DIR=str(tmp_path / "base"))
-    assert done.returncode == 2
-    assert "no run of d2 was begun" in done.stderr
+def test_new_sets_a_run_that_was_cut_aside(toy):
+    started = toy.start_until("train begins")
+    (toy.base / "base_checkpoints" / "d2").mkdir(parents=True)
+    os.kill(started.pid, signal.SIGTERM)
+    assert toy.end(started).returncode == 75
+    toy.go("train")
+    (toy.folder / "first").unlink()
+    new = toy.run("--new")
+    assert new.returncode == 0 and new.stdout.startswith("== a new run of d2")
+    assert (toy.folder / "first").exists()
+    assert (toy.base / "previous" / "base_checkpoints" / "d2").is_dir()
+
+
+def test_a_new_run_that_was_cut_while_it_set_the_last_one_aside_begins_again_and_loses_nothing(toy):
+    cut(toy)
+    with (toy.base / "run" / "state").open("a") as state:
+        state.write("through\n")  # as --new begins; the tokenizer was moved, the checkpoints were not yet
+    (toy.base / "previous" / "tokenizer").mkdir(parents=True)
+    (toy.base / "base_checkpoints" / "d2").mkdir(parents=True)
+    assert toy.run(MODEL="d4").stdout.startswith("== a new run of d4")
+    assert (toy.base / "previous" / "tokenizer").is_dir()
+    assert (toy.base / "previous" / "base_checkpoints" / "d2").is_dir()
+
+
+def test_a_run_that_was_cut_before_its_first_stage_ended_goes_on(toy):
+    cut(toy)
+    state = toy.base / "run" / "state"
+    state.write_text("".join(state.read_text().splitlines(keepends=True)[:2]))
+    resumed = toy.run()
+    assert resumed.stdout.startswith("== going on with")
+    assert toy.log.count("train begins") == 2
+
+
+def test_another_recipe_does_not_displace_a_run_that_was_cut(toy):
+    cut(toy)
+    (toy.base / "tokenizer").mkdir()
+    other = toy.run(MODEL="d4")
+    assert other.returncode == 2
+    assert other.stderr.startswith(f"error: a run of toy.sh d2 in {toy.base} was cut; go on with it: bash {toy.script}")
+    assert other.stderr.count("\n") == 1
+    assert (toy.base / "tokenizer").is_dir()
+    assert toy.run().stdout.startswith("== going on with")
+
+
+def test_what_later_stages_build_on_must_not_change_within_a_run(toy):
+    cut(toy)
+    changed = toy.run(RATE="--rate=2")
+    assert changed.returncode == 2
+    assert "error: stage train is through, but was " in changed.stderr and "--rate=1;" in changed.stderr
+    assert changed.stderr.count("\n") == 1 and changed.stderr.rstrip().endswith("--new")
+    assert toy.run().returncode == 0
+    assert toy.log.count("train begins") == 1
+
+
+def test_an_evaluation_that_was_changed_is_done_again_and_a_training_that_was_not_through_goes_on(toy):
+    cut(toy)
+    assert toy.run(EVAL="anew").returncode == 0
+    assert [line for line in toy.log if line.startswith("evaluate")] == ["evaluate", "evaluate anew"]
+    assert toy.log.count("train begins") == 1
+
+
+def test_another_tier_of_the_same_model_goes_on_with_what_is_done(toy):
+    cut(toy, last_stage=False)
+    done = toy.run(tier="gpu2")  # other launchers, other rows a pass
+    assert done.returncode == 0, done.stderr
+    assert "== train: done before" in done.stdout and "== last: done before" in done.stdout
+
+
+def test_the_flag_that_is_not_needed_any_more_says_so(toy):
+    done = toy.run("--resume")
+    assert (done.returncode, done.stderr) == (2, "error: a run that was cut goes on without --resume; leave it out\n")

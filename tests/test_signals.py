@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import checkpoint, signals
+from nanochat import checkpoint, environment, signals
 from nanochat.resume import LoopState
 from nanochat.runtime import Runtime
 from tests.tiny_trainer import RT, assert_equal_to_the_bit, make_trainer, weights
@@ -125,3 +125,20 @@ def stop_on_rank_1(rt: Runtime, folder: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         trainer.run()
     assert ended.value.code == signals.EXIT_STOPPED
+
+
+def test_a_signal_that_is_ignored_stays_so_as_under_nohup(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        make_trainer(tmp_path).run([(2, send(signal.SIGHUP, 2))])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoint.steps(tmp_path) == [6]
+
+
+def test_a_closed_terminal_does_not_end_a_run(monkeypatch):
+    def gone(*args: object, **kwargs: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.print", gone)
+    environment.print0("step 00001")

@@ -32,7 +32,7 @@ class Shelf:
 @pytest.fixture(autouse=True)
 def base_dir(tmp_path, monkeypatch):
     for stage in (tok_train, tok_eval):
-        monkeypatch.setattr(stage, "open_source", lambda name: Shelf())
+        monkeypatch.setattr(stage, "open_source", lambda name, **settings: Shelf())
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     return tmp_path
 
@@ -98,7 +98,7 @@ def test_the_report_section_has_the_keys_of_the_reference_then_the_new_ones(base
     assert keys == [
         *["max_chars", "doc_cap", "vocab_size", "train_time", "num_special_tokens"],
         *["token_bytes_min", "token_bytes_max", "token_bytes_mean", "token_bytes_std"],
-        *["dataset", "pattern", "characters read", "documents read", "ids in use", "fingerprint"],
+        *["dataset", "bad_shards", "pattern", "characters read", "documents read", "ids in use", "fingerprint"],
     ]
     assert "- max_chars: 5,000,000" in lines
     assert "- num_special_tokens: 9" in lines

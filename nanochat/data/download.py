@@ -1,13 +1,13 @@
 """Downloads that may be interrupted at any point: resumed, verified, and under their name only when whole.
 
 A file arrives as NAME.part and is renamed once its size, its hash (where the server tells one) and its
-content are right. A lock per file lets several processes fetch into one folder.
+content are right; then listing.json gets its size and hash. A file that is there is verified by that listing, and
+fetched again if it is damaged. A lock per file lets several processes fetch into one folder.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import sys
@@ -15,21 +15,23 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import requests
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 
 from nanochat.config import InputError
+from nanochat.data.listing import LISTING, lock_of, read_listing, record, sha256_of
 
 HUB_URL = "https://huggingface.co/datasets/{repo}/resolve/main/{file}"
 ATTEMPTS = 5  # in a row without a new byte; an attempt that got further starts the count again
 BACKOFF_SECONDS = 2.0  # before attempt n: BACKOFF_SECONDS ** n
 TIMEOUT_SECONDS = 30.0  # to connect, and between two reads
+ASK_SECONDS = 5.0  # the same for a hash, which we can do without
 CHUNK_BYTES = 1 << 16  # what a broken connection loses at most
 RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
@@ -51,7 +53,7 @@ class Job:
     url: str
     path: Path
     check: Callable[[Path], None] | None = None
-    sha256: str | None = None  # hex; None = as the server tells, if it does
+    sha256: str | None = None  # hex; None = as listing.json or else the server tells, if they do
 
 
 def check_parquet(path: Path) -> None:
@@ -63,14 +65,6 @@ def check_parquet(path: Path) -> None:
         raise ValueError(f"no whole parquet file: {str(error).splitlines()[0][:200]}") from None
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _told_sha256(response: requests.Response) -> str | None:
     """The content's hash where the hub tells one: a 64-digit (linked) etag, also of a redirect."""
     for r in [*response.history, response]:
@@ -79,6 +73,15 @@ def _told_sha256(response: requests.Response) -> str | None:
             if re.fullmatch(r"[0-9a-f]{64}", value):
                 return value
     return None
+
+
+def _ask_sha256(url: str, timeout: float) -> str | None:
+    """The hash that the server tells of a file that we have; None = it tells none, or does not answer."""
+    try:
+        with requests.head(url, allow_redirects=True, timeout=timeout) as response:
+            return _told_sha256(response) if response.ok else None
+    except requests.RequestException:
+        return None
 
 
 def _whole_size(response: requests.Response, start: int) -> int | None:
@@ -113,6 +116,12 @@ def _attempt(job: Job, part: Path, report: Report, stop: threading.Event, timeou
                 raise _Retry(f"the server answered {response.status_code}")
             if response.status_code not in (200, 206):
                 raise InputError(f"{job.url} answered {response.status_code} {response.reason}; check the name")
+            told_hash = _told_sha256(response)
+            if job.sha256 and told_hash and told_hash != job.sha256.lower():
+                raise InputError(
+                    f"{job.url} has another version now (SHA-256 {told_hash[:12]}..., not {job.sha256[:12]}...); "
+                    f"to take that of all files, delete {LISTING} in {part.parent}"
+                )
             if start and response.status_code == 200:  # no ranges here
                 _discard(part, report)
                 start = 0
@@ -124,7 +133,6 @@ def _attempt(job: Job, part: Path, report: Report, stop: threading.Event, timeou
                     report(len(chunk), None)
                     if stop.is_set():
                         raise Interrupted
-            told_hash = _told_sha256(response)
     except requests.RequestException as error:
         raise _Retry(f"{type(error).__name__}: {str(error)[:200]}") from None
     got = part.stat().st_size
@@ -138,25 +146,14 @@ def _discard(part: Path, report: Report) -> None:
     part.unlink()
 
 
-def _verify(job: Job, part: Path, told: str | None) -> None:
-    """Raises ValueError when hash or content are wrong."""
-    expected = job.sha256 or told
-    if expected is not None and (got := _sha256(part)) != expected.lower():
+def _verify(job: Job, path: Path, told: str | None) -> str:
+    """The hash of the content. Raises ValueError when it, or the content, is wrong."""
+    got, expected = sha256_of(path), job.sha256 or told
+    if expected is not None and got != expected.lower():
         raise ValueError(f"SHA-256 is {got[:12]}..., not {expected[:12]}...")
     if job.check is not None:
-        job.check(part)
-
-
-def _is_whole(job: Job) -> bool:
-    """Is the file there and right? One that is not is removed, to be fetched again."""
-    if not job.path.exists():
-        return False
-    try:
-        _verify(job, job.path, None)
-    except ValueError:
-        job.path.unlink()
-        return False
-    return True
+        job.check(path)
+    return got
 
 
 def fetch(
@@ -169,54 +166,79 @@ def fetch(
 ) -> Path:
     """Fetch one file, unless it is there and right already. An interrupted download goes on where it ended.
 
+    A damaged file is named in a printed line, and stays until the one that takes its place is whole. One that is not
+    in listing.json yet has to have the hash that the server tells, if it does.
+
     Args:
         report: called with (bytes received, file size if known) as they come.
         stop: ends the download between two chunks, with Interrupted.
         backoff: seconds of wait are backoff ** failures; 0 = none.
 
     Raises:
-        InputError: the server does not have it, gives up five times in a row, or gives wrong content twice.
+        InputError: the server does not have it, gives up five times in a row, or gives wrong content twice; the
+            folder cannot be written into.
     """
-    path, part = job.path, job.path.with_name(job.path.name + ".part")
+    path = job.path
     stop = stop or threading.Event()
-    with _locked(path, stop):
-        if _is_whole(job):
-            return path
-        report(part.stat().st_size if part.exists() else 0, None)
-        failures = mismatches = 0
-        while True:
-            before = part.stat().st_size if part.exists() else 0
+    with _system_errors(path), _locked(path, stop):
+        listed = read_listing(path.parent).get(path.name)
+        if job.sha256 is None and listed is not None:
+            job = replace(job, sha256=listed.sha256)
+        digest = None
+        if path.exists():
             try:
-                told = _attempt(job, part, report, stop, timeout)
-                _verify(job, part, told)
-                _finish(part, path)
-                return path
-            except _Retry as error:
-                grew = part.exists() and part.stat().st_size > before
-                failures = 1 if grew else failures + 1
-                reason = str(error)
-            except ValueError as error:
-                if isinstance(error, InputError):
-                    raise
-                _discard(part, report)  # wrong bytes cannot be built upon
-                mismatches += 1
-                reason = str(error)
-            except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise InputError(f"the disk of {path.parent} is full; free some space and run again") from None
+                digest = _verify(job, path, None if job.sha256 else _ask_sha256(job.url, ASK_SECONDS))
+            except (ValueError, OSError) as error:  # OSError: a bad sector
+                print(f"{path} is damaged ({error}); fetching it again", flush=True)
+        elif listed is not None:
+            print(f"{path} is missing, though listed; fetching it again", flush=True)
+        record(path, digest or _download(job, report, stop, timeout, backoff))
+    return path
+
+
+def _download(job: Job, report: Report, stop: threading.Event, timeout: float, backoff: float) -> str:
+    """Bring the file under its name, as often as it takes; its hash."""
+    path, part = job.path, job.path.with_name(job.path.name + ".part")
+    report(part.stat().st_size if part.exists() else 0, None)
+    failures = mismatches = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            told = _attempt(job, part, report, stop, timeout)
+            digest = _verify(job, part, told)
+            _finish(part, path)
+            return digest
+        except _Retry as error:
+            grew = part.exists() and part.stat().st_size > before
+            failures = 1 if grew else failures + 1
+            reason = str(error)
+        except ValueError as error:
+            if isinstance(error, InputError):
                 raise
-            if failures >= ATTEMPTS or mismatches >= 2:
-                raise InputError(f"cannot fetch {job.url}: {reason}; run again to go on") from None
-            if stop.wait(backoff ** (failures + mismatches) if backoff else 0):
-                raise Interrupted
+            _discard(part, report)  # wrong bytes cannot be built upon
+            mismatches += 1
+            reason = str(error)
+        if failures >= ATTEMPTS or mismatches >= 2:
+            raise InputError(f"cannot fetch {job.url}: {reason}; run again to go on")
+        if stop.wait(backoff ** (failures + mismatches) if backoff else 0):
+            raise Interrupted
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """What the disk says against writing a file, as a line of ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(f"the disk of {path.parent} is full; free some space and run again") from None
+        raise InputError(f"cannot write {path}: {error.strerror or error}; see to {path.parent}") from None
 
 
 @contextmanager
 def _locked(path: Path, stop: threading.Event) -> Iterator[None]:
     """Hold the lock of a file, waiting for other processes as long as it takes or until `stop`."""
-    folder = path.parent / ".locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{path.name}.lock")
+    lock = lock_of(path)
     while not lock.is_locked:
         try:
             lock.acquire(timeout=1)

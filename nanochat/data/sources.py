@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nanochat.config import InputError
+from nanochat.data.listing import fault, read_listing
+from nanochat.data.parquet import Damaged, num_rows, read_row_group, row_groups, tail_hash
+from nanochat.data.shards import SHARD_SETS, ShardSet
 from nanochat.data.textfiles import BLOCK_DOCUMENTS, TEXT_SUFFIXES, TextFiles, hash_cut, text_hash
-from nanochat.environment import base_dir, hub_dir
+from nanochat.environment import hub_dir, print0
 
 SPLITS = ("train", "val")
+BAD_SHARDS = ("stop", "skip")
+VERIFY_THREADS = 4
 
 
 class Source(Protocol):
@@ -53,56 +57,34 @@ def _check_split(split: str) -> None:
         raise ValueError(f"split {split!r} is not one of {SPLITS}")
 
 
-def _damaged(path: Path, error: Exception, refetch: str) -> InputError:
-    reason = str(error).splitlines()[0][:200]
-    return InputError(f"{path} is damaged ({reason}); delete it and {refetch}")
-
-
-def row_groups(path: Path, refetch: str = "fetch it again") -> int:
-    """The number of row groups, from the footer.
-
-    Raises:
-        InputError: the footer cannot be read, or there is no string column `text`.
-    """
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, n = file.schema_arrow, file.num_row_groups
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error, refetch) from None
-    if "text" not in schema.names:
-        raise InputError(f"{path} has no column 'text' (it has {', '.join(schema.names)}); rename the text column")
-    kind = schema.field("text").type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise InputError(f"column 'text' of {path} holds {kind}, not strings; convert it")
-    return n
-
-
-def read_row_group(path: Path, group: int, refetch: str = "fetch it again") -> list[str]:
-    """The documents of one row group; empty ones are left out."""
-    try:
-        # opened each time: a footer costs about a millisecond, and no state is shared between threads
-        with pq.ParquetFile(path) as file:
-            column = file.read_row_group(group, columns=["text"], use_threads=False).column("text")
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error, refetch) from None
-    return [text for text in column.to_pylist() if text]
-
-
 class ParquetSource(Source):
-    """Shards with a column `text`: some for training, others for validation. A block is a row group."""
+    """Files with a column `text`: some for training, others for validation. A block is a row group.
 
-    def __init__(self, name: str, train: Sequence[Path], val: Sequence[Path], refetch: str) -> None:
+    Args:
+        shards: the published set that the files are of. They are then held against listing.json beside them: their
+            hashes when they are first read. A damaged one is fetched again, where there is somewhere to fetch it from.
+    """
+
+    def __init__(self, name: str, train: Sequence[Path], val: Sequence[Path], shards: ShardSet | None = None) -> None:
         self.name = name
         self.files = {"train": list(train), "val": list(val)}
-        self.refetch = refetch
+        self.shards = shards
+        self.listing = read_listing(val[0].parent) if shards else {}
 
     @cached_property
     def blocks(self) -> dict[str, list[tuple[Path, int]]]:
         """(file, row group) of each block; opens every footer once."""
         return {
-            split: [(path, g) for path in paths for g in range(row_groups(path, self.refetch))]
+            split: [(path, g) for path in paths for g in range(self._row_groups(path))]
             for split, paths in self.files.items()
         }
+
+    def _row_groups(self, path: Path) -> int:
+        try:
+            return row_groups(path, self.way_out(path))
+        except Damaged:
+            self._make_whole(path)
+            return row_groups(path, self.way_out(path))
 
     def num_blocks(self, split: str) -> int:
         _check_split(split)
@@ -111,11 +93,101 @@ class ParquetSource(Source):
     def read_block(self, split: str, i: int) -> list[str]:
         _check_split(split)
         path, group = self.blocks[split][i]
-        return read_row_group(path, group, self.refetch)
+        self._make_whole(path)
+        return read_row_group(path, group, self.way_out(path))
+
+    def way_out(self, path: Path) -> str:
+        return self.shards.way_out(path) if self.shards else "write it again"
+
+    def fault(self, path: Path, thorough: bool) -> str | None:
+        """What is wrong with a file by its size; thorough: by its hash or, where none is listed, by decoding it all."""
+        if (listed := self.listing.get(path.name)) is not None:
+            return fault(path, listed, thorough)
+        try:
+            for group in range(row_groups(path) if thorough else 0):
+                read_row_group(path, group)
+        except Damaged as error:
+            return error.reason
+        return None
+
+    def mend(self, faults: Mapping[Path, str]) -> dict[Path, str]:
+        """Fetch listed files again; what is wrong with the files that stay damaged."""
+        listed = {path: why for path, why in faults.items() if path.name in self.listing}
+        left = self.shards.mend(listed) if self.shards else {}
+        return {path: left.get(path, why) for path, why in faults.items() if path in left or path not in listed}
+
+    def _make_whole(self, path: Path) -> None:
+        """See that a listed file has its hash; looks once a process.
+
+        Raises:
+            Damaged: it has not, and cannot be fetched again.
+        """
+        if (listed := self.listing.get(path.name)) is None or (why := fault(path, listed)) is None:
+            return
+        if left := self.mend({path: why}):
+            raise Damaged(path, left[path], self.way_out(path))
 
     def fingerprint(self) -> str:
-        sizes = {s: [(p.name, p.stat().st_size) for p in paths] for s, paths in self.files.items()}
-        return _digest(sizes)
+        parts = {s: [(p.name, p.stat().st_size, tail_hash(p)) for p in paths] for s, paths in self.files.items()}
+        return _digest(parts)
+
+
+# (files, what is left out of them): decided once a process, as each opening of a source must find the same documents
+_left_out: dict[tuple[Path, ...], dict[Path, str]] = {}
+
+
+def sift(source: ParquetSource, bad_shards: str) -> ParquetSource:
+    """Look at all files before one is read: fetch damaged ones again, and refuse or leave out what stays damaged.
+
+    "stop" compares sizes only; hashes follow when a file is first read. "skip" verifies all hashes now, or decodes
+    files that have none listed, so that what is left out depends on the files alone, and the fingerprint with it: it
+    differs between ranks that do not see the same files.
+
+    Raises:
+        Damaged: "stop", and a file is; "skip", and all of a split are.
+    """
+    files = tuple(path for paths in source.files.values() for path in paths)
+    skips = bad_shards == "skip"
+    if skips and files in _left_out:
+        bad = _left_out[files]
+    else:
+        bad = _damaged_files(source, files, thorough=skips)
+    good = {split: [path for path in paths if path not in bad] for split, paths in source.files.items()}
+    emptied = [split for split in SPLITS if not good[split]]
+    if bad and (emptied or not skips):
+        path = next(path for path in bad if not emptied or path in source.files[emptied[0]])
+        more = f" ({len(bad) - 1} more are damaged too)" if len(bad) > 1 else ""
+        skip = "" if emptied else ", or train without it: base_train --bad_shards=skip"
+        raise Damaged(path, bad[path], source.way_out(path) + skip + more)
+    if bad and files not in _left_out:
+        _tell_left_out(source, bad, good["train"])
+    if skips:
+        _left_out[files] = bad
+    return ParquetSource(source.name, good["train"], good["val"], source.shards) if bad else source
+
+
+def _damaged_files(source: ParquetSource, files: Sequence[Path], thorough: bool) -> dict[Path, str]:
+    """What is wrong with files that stay damaged."""
+    t0 = time.perf_counter()
+    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+        found = list(pool.map(lambda path: source.fault(path, thorough), files))
+    if thorough:
+        gigabytes = sum(path.stat().st_size for path in files if path.exists()) / 1e9
+        seconds = time.perf_counter() - t0
+        print0(f"Verified {len(files)} files of {source.name}, {gigabytes:.1f} GB, in {seconds:.1f} s")
+    return source.mend({path: why for path, why in zip(files, found, strict=True) if why})
+
+
+def _tell_left_out(source: ParquetSource, bad: Mapping[Path, str], good: Sequence[Path]) -> None:
+    """Print what is left out, one line a file and one in all; documents as the others have them for their size."""
+    for path, why in bad.items():
+        print0(f"Left out: {path} ({why})")
+    sizes = [source.listing[p.name].num_bytes if p.name in source.listing else p.stat().st_size for p in bad]
+    documents = sum(map(num_rows, good)) / sum(path.stat().st_size for path in good) * sum(sizes)
+    print0(
+        f"{len(bad)} of {len(bad) + len(good)} training files of {source.name} are left out: {sum(sizes):,} bytes, "
+        f"about {documents:,.0f} documents"
+    )
 
 
 class SingleParquet(Source):
@@ -127,7 +199,9 @@ class SingleParquet(Source):
         refetch = "write it again"
         self.groups = range(row_groups(path, refetch))
         hashes = [[text_hash(t) for t in read_row_group(path, g, refetch)] for g in self.groups]
-        self.cut = hash_cut(np.array([h for group in hashes for h in group], np.uint64), str(path))
+        flat = np.array([h for group in hashes for h in group], np.uint64)
+        self.cut = hash_cut(flat, str(path))
+        self._content = [[len(group) for group in hashes], hashlib.sha256(flat.tobytes()).hexdigest()]
         self._val_blocks = self._join_groups([sum(h <= self.cut for h in group) for group in hashes])
 
     @staticmethod
@@ -152,75 +226,36 @@ class SingleParquet(Source):
         return [text for text in texts if (text_hash(text) <= self.cut) == (split == "val")]
 
     def fingerprint(self) -> str:
-        return _digest([self.path.name, self.path.stat().st_size, self.cut])
+        return _digest([self.path.name, self._content])
 
 
-@dataclass(frozen=True)
-class ShardSet:
-    """A published data set: `num_shards` files shard_00000.parquet and so on; the last is validation."""
-
-    name: str
-    repo: str  # owner/name on the hub
-    directory: str  # under the base dir
-    num_shards: int
-
-    @property
-    def val_shard(self) -> int:
-        return self.num_shards - 1
-
-    @staticmethod
-    def file_name(index: int) -> str:
-        return f"shard_{index:05d}.parquet"
-
-    def command(self, n: int = 8) -> str:
-        extra = "" if self.name == "climbmix" else f" --dataset={self.name}"
-        return f"python -m nanochat.dataset -n {n}{extra}"
-
-    def is_mirrored(self) -> bool:
-        hub = hub_dir()
-        return hub is not None and (hub / "datasets" / self.repo).is_dir()
-
-    def path(self) -> Path:
-        """The folder of the shards: the hub mirror's when it has one, else the base dir's."""
-        hub = hub_dir()
-        if hub is not None and self.is_mirrored():
-            return hub / "datasets" / self.repo
-        return base_dir() / self.directory
-
-
-SHARD_SETS = {
-    s.name: s
-    for s in (
-        ShardSet("climbmix", "karpathy/climbmix-400b-shuffle", "base_data_climbmix", 6543),
-        ShardSet("fineweb-edu", "karpathy/fineweb-edu-100b-shuffle", "base_data", 1823),
-    )
-}
-
-
-def open_shards(shards: ShardSet, num_shards: int | None = None) -> ParquetSource:
-    """A published data set from disk: the training shards that are there now; validation is always the last.
+def open_shards(shards: ShardSet, num_shards: int | None = None, bad_shards: str = "stop") -> ParquetSource:
+    """A published data set from disk: the training shards that are there or listed; validation is always the last.
 
     Args:
-        num_shards: train on shards 0 .. num_shards-1, all of which must be there; None = on all that are.
+        num_shards: train on shards 0 .. num_shards-1, all of which must be there or listed; None = on all that are.
     """
     directory = shards.path()
+    listing = read_listing(directory)
     val = directory / shards.file_name(shards.val_shard)
-    command = shards.command(num_shards or 8)
     if num_shards is not None:
         if not 1 <= num_shards <= shards.val_shard:
             raise InputError(f"{num_shards} shards of {shards.name}; it has 1 to {shards.val_shard} for training")
         train = [directory / shards.file_name(i) for i in range(num_shards)]
-        missing = [p.name for p in train if not p.is_file()]
     else:
-        names = {shards.file_name(i) for i in range(shards.val_shard)}
-        train = sorted(p for p in directory.glob("shard_*.parquet") if p.name in names)
-        missing = [] if train else ["all training shards"]
-    if not val.is_file():
+        # a listed one that is gone is a fault to mend or to tell of, not less to train on
+        found = {path.name for path in directory.glob("shard_*.parquet")} | listing.keys()
+        train = [directory / name for name in map(shards.file_name, range(shards.val_shard)) if name in found]
+    missing = [path.name for path in train if path.name not in listing and not path.is_file()]
+    if not train:
+        missing.append("all training shards")
+    if val.name not in listing and not val.is_file():
         missing.append(f"{val.name} (validation)")
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        command = shards.command(num_shards or 8)
         raise InputError(f"{shards.name} is not complete in {directory}: no {shown}; run {command}")
-    return ParquetSource(shards.name, train, [val], f"fetch it again: {command}")
+    return sift(ParquetSource(shards.name, train, [val], shards), bad_shards)
 
 
 class TinyWorld(Source):
@@ -275,7 +310,7 @@ def list_files(path: Path) -> list[Path]:
     return next(iter(kinds.values()))
 
 
-def open_folder(name: str, path: Path, num_shards: int | None = None) -> Source:
+def open_folder(name: str, path: Path, num_shards: int | None = None, bad_shards: str = "stop") -> Source:
     """A folder (or one file). Of several parquet files the last by name is validation; else see TextFiles."""
     files = list_files(path)
     if files[0].suffix.lower() != ".parquet":
@@ -287,22 +322,26 @@ def open_folder(name: str, path: Path, num_shards: int | None = None) -> Source:
     train = files[:-1]
     if num_shards is not None and not 1 <= num_shards <= len(train):
         raise InputError(f"{num_shards} shards of {name}; it has 1 to {len(train)} for training")
-    return ParquetSource(name, train[:num_shards], files[-1:], "write it again")
+    return sift(ParquetSource(name, train[:num_shards], files[-1:]), bad_shards)
 
 
-def open_source(name: str, *, num_shards: int | None = None) -> Source:
+def open_source(name: str, *, num_shards: int | None = None, bad_shards: str = "stop") -> Source:
     """Open a source of pretraining text by name.
 
     Args:
         name: climbmix, fineweb-edu, tinyworld, a folder of .parquet, .jsonl, .txt or .md files, one such
             file, or OWNER/NAME of a data set in the hub mirror.
         num_shards: how many training shards to use; None = all that are there.
+        bad_shards: what becomes of files (of several of parquet) that are damaged and cannot be fetched again:
+            "stop", or "skip" to train without them. The latter verifies all hashes at once: 0.7 s a GB and core.
 
     Raises:
         InputError: no such source, missing or damaged shards, a folder without usable text.
     """
+    if bad_shards not in BAD_SHARDS:
+        raise InputError(f"bad_shards {bad_shards!r} is not one of {', '.join(BAD_SHARDS)}")
     if name in SHARD_SETS:
-        return open_shards(SHARD_SETS[name], num_shards)
+        return open_shards(SHARD_SETS[name], num_shards, bad_shards)
     if name == "tinyworld":
         return TinyWorld()
     candidates = [Path(name).expanduser()]
@@ -311,5 +350,5 @@ def open_source(name: str, *, num_shards: int | None = None) -> Source:
         candidates.append(hub / "datasets" / name)
     for path in candidates:
         if name and path.exists():
-            return open_folder(name, path, num_shards)
+            return open_folder(name, path, num_shards, bad_shards)
     raise InputError(f"no data source {name!r}; use {', '.join(SHARD_SETS)}, tinyworld or a folder of text files")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -122,7 +123,7 @@ def _plain(raw: bytes) -> str:
 class TextFiles:
     """Documents of .jsonl (one a line, key "text") or of .txt and .md (one a file; large files are cut).
 
-    All files are read once when opened, for an index of 32 bytes a document; the text stays on disk. About 2%
+    All files are read once when opened, for an index of 40 bytes a document; the text stays on disk. About 2%
     of the documents are validation, chosen by the hash of their text alone. Training documents are shuffled
     with seed 42, since the files of a folder tend to come in runs of one subject.
     """
@@ -141,7 +142,8 @@ class TextFiles:
                     hashes.append(text_hash(text))
         self._hashes = np.array(hashes, np.uint64)
         is_val = self._hashes <= np.uint64(hash_cut(self._hashes, str(root)))
-        index = np.array(places, np.int64)  # (N, 3): file, offset, length
+        number = np.arange(len(places))[:, None]
+        index = np.hstack([np.array(places, np.int64), number])  # (N, 4): file, offset, length, number of the document
         train = index[~is_val]
         val = index[is_val][np.argsort(self._hashes[is_val], kind="stable")]
         self._index = {"train": train[np.random.default_rng(42).permutation(len(train))], "val": val}
@@ -159,8 +161,16 @@ class TextFiles:
                 for j in np.flatnonzero(places[:, 0] == f):
                     file.seek(places[j, 1])
                     raw = file.read(places[j, 2])
-                    texts[j] = _jsonl_text(raw, str(self.files[f])) if self.is_jsonl else _plain(raw)
+                    texts[j] = self._text(raw, self.files[f], self._hashes[places[j, 3]])
         return texts
+
+    def _text(self, raw: bytes, path: Path, wanted: np.uint64) -> str:
+        """The document, which has to be the one that was here at the beginning."""
+        with contextlib.suppress(UnicodeDecodeError, InputError):
+            text = _jsonl_text(raw, "") if self.is_jsonl else _plain(raw)
+            if text_hash(text) == wanted:
+                return text
+        raise InputError(f"{path} has changed since it was opened; start again to train on what it holds now")
 
     def texts(self, split: str) -> Iterator[str]:
         for i in range(self.num_blocks(split)):

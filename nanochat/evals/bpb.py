@@ -14,7 +14,7 @@ from nanochat import runtime
 
 @torch.no_grad()
 def evaluate_bpb(model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor) -> float:
-    """Bits per byte of text over all batches of all ranks.
+    """Bits per byte of text over all batches of all ranks, which must all call it.
 
     bpb = sum(nats) / (ln 2 * sum(bytes)), both sums over the counted targets only: those >= 0 whose token
     stands for at least one byte. Special tokens (0 bytes) and masked targets (-1) leave both sums.
@@ -26,8 +26,18 @@ def evaluate_bpb(model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_byt
 
     Returns:
         The same value on every rank; infinity where no byte is counted.
+
+    Raises:
+        RankError: the model or the batches failed on some rank; on every rank.
     """
-    sums: Tensor | None = None  # (2,): nats, bytes; float64 holds byte counts exactly up to 2**53
+    sums = runtime.all_reduce(runtime.together(lambda: _sums(model, batches, token_bytes)))
+    nats, total_bytes = sums.tolist()
+    return nats / (math.log(2) * total_bytes) if total_bytes else math.inf
+
+
+def _sums(model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor) -> Tensor:
+    """(2,) float64, which holds byte counts exactly up to 2**53: this rank's nats and bytes."""
+    sums: Tensor | None = None
     for inputs, targets in batches:
         # Metal has no float64, and the sum must not lose small losses beside a large total
         where = torch.device("cpu") if inputs.device.type == "mps" else inputs.device
@@ -37,7 +47,4 @@ def evaluate_bpb(model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_byt
         counted = torch.where(num_bytes > 0, losses, 0.0)  # not a product: 0 * inf would be nan
         batch_sums = torch.stack([counted.sum(), num_bytes.sum().double()])
         sums = batch_sums if sums is None else sums + batch_sums
-    if sums is None:
-        sums = torch.zeros(2, dtype=torch.float64, device=token_bytes.device)
-    nats, total_bytes = runtime.all_reduce(sums).tolist()
-    return nats / (math.log(2) * total_bytes) if total_bytes else math.inf
+    return torch.zeros(2, dtype=torch.float64, device=token_bytes.device) if sums is None else sums

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from nanochat.config import InputError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
-from nanochat.runtime import Runtime, all_reduce
+from nanochat.runtime import Runtime, all_reduce, together
 from nanochat.tokenizer import Tokenizer
 
 Z95 = 1.959964  # two-sided 95% of the normal distribution
@@ -91,24 +91,22 @@ def evaluate_task(
         temperature: 0 = the most likely token, always.
 
     Raises:
-        InputError: the task is empty, or a letter of it is no single token.
+        RankInputError: the task is empty, or a letter of it is no single token.
+        RankError: it failed otherwise on some rank. Both on every rank.
     """
-    total = len(task) if max_problems is None else min(len(task), max_problems)
-    if total < 1:
-        raise InputError(f"{type(task).__name__} has no problem to evaluate; check max_problems and the data")
-    solver: Categorical | Generative
-    if task.eval_type == "categorical":
-        solver = Categorical(task, model, tokenizer)
-    else:
-        solver = Generative(task, model, tokenizer, num_samples, max_new_tokens, temperature, top_k)
-    tally = Tally()
-    for batch in _my_batches(total, batch_size, rt, type(task).__name__, tally):
-        conversations = [task[i] for i in batch]
-        prompts = [_prompt(c, model, tokenizer, tally) for c in conversations]
-        for conversation in conversations:
-            tally.count_gold(conversation)
-        solver.solve(conversations, prompts, tally)
-        tally.done += len(batch)
+
+    def on_this_rank() -> tuple[int, Tally]:
+        total = len(task) if max_problems is None else min(len(task), max_problems)
+        if total < 1:
+            raise InputError(f"{type(task).__name__} has no problem to evaluate; check max_problems and the data")
+        solver: Categorical | Generative
+        if task.eval_type == "categorical":
+            solver = Categorical(task, model, tokenizer)
+        else:
+            solver = Generative(task, model, tokenizer, num_samples, max_new_tokens, temperature, top_k)
+        return total, _solve_mine(solver, total, batch_size, rt)
+
+    total, tally = together(on_this_rank)
     counts = [tally.passed, tally.lenient, tally.cropped, *tally.gold]
     summed = all_reduce(torch.tensor(counts, dtype=torch.int64, device=rt.device)).tolist()
     passed, lenient, cropped, *gold = summed
@@ -119,6 +117,19 @@ def evaluate_task(
         majority=max(gold) / total if any(gold) else None,
         num_cropped=cropped,
     )
+
+
+def _solve_mine(solver: Categorical | Generative, total: int, batch_size: int, rt: Runtime) -> Tally:
+    """This rank's part of the first `total` problems."""
+    task, tally = solver.task, Tally()
+    for batch in _my_batches(total, batch_size, rt, type(task).__name__, tally):
+        conversations = [task[i] for i in batch]
+        prompts = [_prompt(c, solver.model, solver.tokenizer, tally) for c in conversations]
+        for conversation in conversations:
+            tally.count_gold(conversation)
+        solver.solve(conversations, prompts, tally)
+        tally.done += len(batch)
+    return tally
 
 
 def _my_batches(total: int, batch_size: int, rt: Runtime, name: str, tally: Tally) -> Iterator[Sequence[int]]:
@@ -187,7 +198,7 @@ class Generative:
         temperature: float,
         top_k: int | None,
     ) -> None:
-        self.task, self.tokenizer, self.num_samples = task, tokenizer, num_samples
+        self.task, self.model, self.tokenizer, self.num_samples = task, model, tokenizer, num_samples
         self.engine = Engine(model, tokenizer)
         self.sampling: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
 

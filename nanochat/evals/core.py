@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from nanochat.environment import print0
 from nanochat.evals.bundle import Bundle, CoreTask
-from nanochat.runtime import Runtime, all_reduce
+from nanochat.runtime import Runtime, all_reduce, together
 
 # logits of one batch, in elements: 1 GiB of fp32 on a GPU, 128 MiB elsewhere
 MAX_LOGITS = {"cuda": 2**28}
@@ -213,7 +213,18 @@ class Scorer:
 
 
 def evaluate_task(scorer: Scorer, rt: Runtime, task: CoreTask, max_examples: int | None) -> TaskScore:
-    """Score the first `max_examples` items of the shuffled data, shared out over the ranks."""
+    """Score the first `max_examples` items of the shuffled data, shared out over the ranks.
+
+    Raises:
+        RankError: it failed on some rank; on every rank.
+    """
+    correct, num_examples = together(lambda: _my_correct(scorer, rt, task, max_examples))
+    total = all_reduce(torch.tensor([correct], dtype=torch.long, device=rt.device))
+    return TaskScore(task.label, int(total.item()), num_examples, task.baseline)
+
+
+def _my_correct(scorer: Scorer, rt: Runtime, task: CoreTask, max_examples: int | None) -> tuple[int, int]:
+    """(right answers to this rank's examples, examples of all ranks)."""
     items = task.read()
     random.Random(1337).shuffle(items)
     num_examples = min(len(items), max_examples or len(items))
@@ -225,8 +236,7 @@ def evaluate_task(scorer: Scorer, rt: Runtime, task: CoreTask, max_examples: int
             shots = fewshot_indices(index, task.num_fewshot, num_examples, len(items))
             examples.append((items[index], [items[i] for i in shots]))
         correct += scorer.count_correct(task, examples)
-    total = all_reduce(torch.tensor([correct], dtype=torch.long, device=rt.device))
-    return TaskScore(task.label, int(total.item()), num_examples, task.baseline)
+    return correct, num_examples
 
 
 def evaluate_core(
@@ -244,6 +254,9 @@ def evaluate_core(
             if it has one, else config.max_positions, is the longest prompt; longer ones lose their beginning.
         max_per_task: examples a task; None = all.
         device_batch_size: prompts a forward pass, at most.
+
+    Raises:
+        RankError: a task failed on some rank; on every rank.
     """
     scorer = Scorer(model, tokenizer, rt.device, device_batch_size)
     scores = []
