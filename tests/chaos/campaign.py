@@ -199,10 +199,9 @@ class Campaign:
             where,
             # in a save the first rank is the one that works, and so knows what reached the disk
             rank=0 if where == "save" or power else rng.randrange(2),
-            # an evaluation must fail on all, and power is lost by all
-            whole=rng.random() < 0.5 or power or (kind, where) == ("raise", "eval"),
+            whole=rng.random() < 0.5 or power,
             power=power,
-            signal=rng.choice(["SIGTERM", "SIGINT", "SIGUSR1"]) if kind == "signal" else "SIGINT",
+            signal=rng.choice(["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"]) if kind == "signal" else "SIGINT",
             lie=kind == "full" and rng.random() < 0.5,
             injected=kind == "full" and not self.has_small_disk,
             delay=rng.choice([0.0, 0.003, 0.01]),
@@ -313,8 +312,8 @@ class Campaign:
             must(can_end, f"a run with no room for its checkpoints ended well: {told}")
             return
         mine, others = codes[strike.rank], [c for rank, c in enumerate(codes) if rank != strike.rank]
-        if strike.kind == "none":
-            must(False, f"an undisturbed life ended badly: {told}")
+        if strike.kind == "none" or (strike.kind, strike.where) == ("raise", "eval"):
+            must(False, f"nothing in this life may end it: {told}")
         elif strike.is_kill:
             must(mine == -signal.SIGKILL or (mine == 0 and 0 not in others), f"it died before it was killed: {told}")
         elif strike.kind == "signal":

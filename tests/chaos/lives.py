@@ -103,7 +103,7 @@ def fork(run: Callable[[], int], log: Path | None = None, group: int | None = No
         if group is not None:
             os.setpgid(0, group)
         die_with_parent(parent)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if log is not None:
