@@ -120,7 +120,8 @@ def run_one(seed: int, number: int, home: Path, data: Path, refs: dict[Variant, 
 
 def run_all(args: argparse.Namespace, home: Path, data: Path, refs: dict[Variant, Reference]) -> Tally:
     """Campaigns side by side, each in a process of its own, until enough lives were disturbed."""
-    total, running, number = Tally(), {}, 0
+    total, number = Tally(), 0
+    running: dict[int, Path] = {}  # by process: where its answer will be
 
     def work(number: int, answer: Path) -> int:
         answer.write_text(json.dumps(dataclasses.asdict(run_one(args.seed, number, home, data, refs))))
@@ -175,7 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in FOREIGN:
         os.environ.pop(name, None)
     torch.set_num_threads(1)
-    runtime._cpu_flops = lambda dtype: 1e11  # mfu is not our subject, and measuring it takes a second  # type: ignore
+    # mfu is not our subject, and measuring it takes a second of each life
+    vars(runtime)["_cpu_flops"] = lambda dtype: 1e11
     home = args.dir or Path(tempfile.mkdtemp(prefix="nanochat-chaos-"))
     home.mkdir(parents=True, exist_ok=True)
     data = write_data(home)

@@ -204,7 +204,7 @@ def install(strike: Strike, rank: int, root: Path, batches: BatchFaults) -> None
     _patch_loader(points, batches)
     _patch_forward(points, batches)
     points.around(MuonAdamW, "step", "train")
-    points.around(Tracker, "log", "train")
+    _patch_log(points)
     points.around(os, "fsync", "save", points.disk.synced)
     for owner, name in ((os, "rename"), (os, "replace"), (Path, "rename"), (Path, "replace")):
         points.around(owner, name, "save", points.disk.renamed)
@@ -243,6 +243,19 @@ def _patch_loader(points: Points, batches: BatchFaults) -> None:
         return inputs, targets
 
     PackingLoader.__init__, PackingLoader.__next__ = __init__, __next__  # type: ignore[method-assign]
+
+
+def _patch_log(points: Points) -> None:
+    log = Tracker.log
+
+    def struck(self: Any, step: int, **values: float) -> None:
+        if "lrm" not in values:  # of an evaluation
+            return log(self, step, **values)
+        points.reach("train")
+        log(self, step, **values)
+        points.reach("train")
+
+    Tracker.log = struck  # type: ignore[method-assign]
 
 
 def _patch_forward(points: Points, batches: BatchFaults) -> None:
