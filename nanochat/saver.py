@@ -141,7 +141,7 @@ class Saver:
 
     def _set_aside(self) -> None:
         """Checkpoints of another run under this tag, or of another try from the step that this one goes on from, must
-        not be taken for this run's: they go to <base>/previous/, where one generation is kept."""
+        not be taken for this run's: they go to <base>/previous/, and replace those of the same steps there."""
         theirs = [step for step in checkpoint.steps(self.directory) if step > self.begun_step or not self.begun_step]
         if theirs:
             previous = self.directory.parent.parent / "previous" / self.directory.parent.name / self.directory.name

@@ -25,7 +25,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
 
 
 class CutShort(BaseException):
-    """A stop signal came within StopSignals.run_unless_told(). No Exception: what survives errors must not survive it."""
+    """A stop signal came within StopSignals.run_unless_told(). No Exception: what survives errors must not catch it."""
 
 
 def _tell(line: str) -> None:

@@ -28,7 +28,8 @@ class Tracker:
             try:
                 self.wandb.log({"step": step, **values})
             except Exception as error:  # whatever it is, it must not end the run
-                self.wandb = print0(f"warning: nothing more is logged to wandb: {error}")
+                print0(f"warning: nothing more is logged to wandb: {error}")
+                self.wandb = None
 
     def finish(self) -> None:
         if self.wandb is not None:
