@@ -268,8 +268,9 @@ class Campaign:
         if strike.kind != "full" or not self.has_small_disk:
             yield
             return
-        for dead in self._staging():  # the next save would clear them, and so find more room than we left
-            shutil.rmtree(self.directory / dead)
+        # the next save would clear or replace them, and so find more room than we left
+        for dead in [*(self.directory / name for name in self._staging()), self.base / "previous"]:
+            shutil.rmtree(dead, ignore_errors=True)
         size = sum(p.stat().st_size for p in (newest or self.reference.step(1)).iterdir())
         disk = os.statvfs(self.directory)
         ballast = self.base / "ballast"
