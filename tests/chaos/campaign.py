@@ -269,7 +269,7 @@ class Campaign:
             yield
             return
         # the next save would clear or replace them, and so find more room than we left
-        for dead in [*(self.directory / name for name in self._staging()), self.base / "previous"]:
+        for dead in [*self.directory.glob(".staging-*"), self.base / "previous"]:
             shutil.rmtree(dead, ignore_errors=True)
         size = sum(p.stat().st_size for p in (newest or self.reference.step(1)).iterdir())
         disk = os.statvfs(self.directory)
