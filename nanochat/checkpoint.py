@@ -85,8 +85,7 @@ def write(
     if broken:
         raise InputError(f"{', '.join(broken[:3])} hold values that are not finite")
     directory.mkdir(parents=True, exist_ok=True)
-    for killed in directory.glob(f"{STAGING}*"):
-        shutil.rmtree(killed, ignore_errors=True)
+    clear_killed(directory)
     require_room(directory, num_bytes(weights) + num_bytes(optim_state or {}))
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=directory))
     try:
@@ -97,6 +96,12 @@ def write(
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return path
+
+
+def clear_killed(directory: Path) -> None:
+    """Remove what a process that was killed left half-written or half-removed."""
+    for killed in directory.glob(f"{STAGING}*"):
+        shutil.rmtree(killed, ignore_errors=True)
 
 
 def num_bytes(tensors: dict[str, Tensor]) -> int:

@@ -71,6 +71,7 @@ class Saver:
             probe.mkdir(exist_ok=True)
             probe.rmdir()
             self._lock.acquire(timeout=0)
+            checkpoint.clear_killed(self.directory)
         except Timeout:
             raise InputError(
                 f"another run writes to {self.directory}; wait for its end, or give this one a --model_tag"
