@@ -163,6 +163,8 @@ def run(cfg: ChatEvalConfig) -> dict[str, ChatResult]:
         results[name] = result
         print0(f"Final: {result.num_passed}/{result.total} ({100 * result.accuracy:.2f}%)")
         print0(f"{name} accuracy: {100 * result.accuracy:.2f}%")
+        if result.num_lenient is not None:
+            print0(f"{name} same number, other spelling too: {100 * result.num_lenient / result.total:.2f}%")
         if result.num_grader_errors:
             print0(f"{name} grader errors: {result.num_grader_errors}, counted as not passed ({result.first_error})")
         print0(f"{name} answers: {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -19,7 +20,7 @@ from nanochat.evals.chat import ChatResult, chat_core, evaluate_task
 from nanochat.evals.records import Record, problem_id
 from nanochat.evals.stats import Paired, mean_and_error, pass_at_k
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import RankError, Runtime
+from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_eval
 from tasks.common import Task, evaluate_letter, mc_conversation
@@ -184,7 +185,7 @@ def test_a_letter_of_two_tokens_is_refused(model, tokenizer):
         def get_example(self, index):
             return mc_conversation("q", ["A", "Ω"], ["x", "y"], "A")
 
-    with pytest.raises(InputError, match="one"):
+    with pytest.raises(InputError, match=r"^Wide: the letter 'Ω' is 2 tokens in this tokenizer; .* such as A, B"):
         evaluate_task(Wide(), model, tokenizer, RT)
 
 
@@ -294,6 +295,16 @@ def test_always_the_same_letter_shows_beside_the_controls(model, tokenizer, monk
     assert dict(result.subjects) == {"s0": (0, 2), "s1": (1, 1)}
 
 
+def test_the_letters_of_real_tasks_are_those_that_their_rules_read(base, model, tokenizer, monkeypatch):
+    script_engine(monkeypatch, ["9 = 9\nAnswer: A", "the answer is (B).", "A man, a plan"])
+    result = evaluate_task(eval_task("AQUA"), model, tokenizer, RT)
+    assert dict(result.chosen) == {"A": 1, "B": 1, "none": 1} and result.num_passed == 1
+    gold = eval_task("TinyMC")[0]["answer_letter"]
+    script_engine(monkeypatch, [f"It is x={gold}", "x=E"])
+    result = evaluate_task(eval_task("TinyMC"), model, tokenizer, RT, max_problems=2)
+    assert dict(result.chosen) == {gold: 1, "none": 1} and result.num_passed == 1
+
+
 def test_subjects_follow_with_their_mean_and_pass_at_k_with_its_error():
     result = ChatResult(
         3, 4, right_counts=(4, 1, 1, 0), num_samples=4, subjects={"art": (3, 3), "war": (0, 1)}, majority=0.25
@@ -343,8 +354,12 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(model, tokenizer
     path = tmp_path / "a.jsonl"
     evaluate_task(Letters(3), model, tokenizer, RT, record_to=path)
     before = path.read_bytes()
-    monkeypatch.setattr(os, "fsync", lambda fd: 1 / 0)
-    with pytest.raises(RankError, match="ZeroDivisionError"):
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"cannot write the answers to .*: No space left on device; make room"):
         evaluate_task(Letters(2), model, tokenizer, RT, record_to=path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
@@ -541,7 +556,9 @@ def test_the_stage_writes_the_references_keys_first_and_prints_each_accuracy(bas
     chat_eval.main("-i sft -a AQUA|SpellingBee -x 2 -m 4 -d float32 --device-type cpu".split())
     out = capsys.readouterr().out
     assert "Final: 0/2 (0.00%)\nAQUA accuracy: 0.00%\n" in out
-    assert "Final: 0/2 (0.00%)\nSpellingBee accuracy: 0.00%\n" in out
+    assert (
+        "Final: 0/2 (0.00%)\nSpellingBee accuracy: 0.00%\nSpellingBee same number, other spelling too: 0.00%\n" in out
+    )
     lines = (base / "report" / "chat-evaluation-sft.md").read_text().splitlines()
     assert lines[0] == "## Chat evaluation sft"
     assert lines[3:17] == [

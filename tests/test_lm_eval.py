@@ -228,6 +228,7 @@ def test_lm_eval_chooses_what_we_choose_on_every_example(bundle, words, tmp_path
     names = adapter.write_tasks(tasks, tmp_path, words, examples)
     asked = adapter.ask_lm_eval(adapter.as_lm(model, words), names, tmp_path)
     core = evaluate_core(model, words, RT, Bundle("b", tuple(tasks)), EXAMPLES)
+    differ = 0
     for task, name, score in zip(tasks, names, core.tasks, strict=True):
         right = 0
         assert len(asked[name]) == score.num_examples == EXAMPLES
@@ -238,7 +239,9 @@ def test_lm_eval_chooses_what_we_choose_on_every_example(bundle, words, tmp_path
             assert sample["acc"] == (by_sum == item["gold"])  # lm-eval's own rule on its own
             assert adapter.chosen(sample["lls"], sample["doc"]["lengths"]) == by_mean
             right += by_mean == item["gold"]
+            differ += by_mean != by_sum
         assert score.num_correct == right
+    assert differ > 0  # else the two rules could stand for each other
 
 
 def short(task: CoreTask) -> Any:

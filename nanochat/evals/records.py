@@ -76,9 +76,18 @@ def to_line(record: Record) -> str:
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
-    """One line a problem; the file is the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(to_line(record) + "\n" for record in records))
+    """One line a problem; the file is the old one or the whole new one.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(to_line(record) + "\n" for record in records))
+    except OSError as error:
+        raise InputError(
+            f"cannot write the answers to {path}: {error.strerror}; make room or set NANOCHAT_BASE_DIR"
+        ) from None
 
 
 def read(path: Path) -> list[Record]:
