@@ -2,10 +2,12 @@
 
     python -m scripts.chat_eval -i sft                                  # all default tasks
     python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K" -x 100       # two tasks, 100 problems each
+    python -m scripts.chat_eval -i rl -a GSM8K --against=sft            # and what changed, problem by problem
     torchrun --nproc_per_node=8 -m scripts.chat_eval -- -i sft
 
-Reads {base,mid,chatsft,chatrl}_checkpoints/<tag>/. A model trained on tinyworld gets tinyworld's own tasks, and
-their mean is never called ChatCORE metric.
+Reads {base,mid,chatsft,chatrl}_checkpoints/<tag>/; writes every prompt, answer and verdict to
+chat_eval/<source>_<tag>_<step>/<task>.jsonl. A model trained on tinyworld gets tinyworld's own tasks, and their mean
+is never called ChatCORE metric.
 """
 
 from __future__ import annotations
@@ -13,20 +15,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nanochat import checkpoint, runtime
 from nanochat.config import REQUIRED, InputError, flag, report_config, run_cli
-from nanochat.environment import print0
+from nanochat.environment import base_dir, print0
+from nanochat.evals import records
 from nanochat.evals.chat import ChatResult, chat_core, evaluate_task
+from nanochat.evals.chat_report import details, paired_line
+from nanochat.evals.records import Record
 from nanochat.report import get_report
 from nanochat.sandbox import isolation_level
 from tasks.registry import BASELINES, EVAL_TASKS, REAL, TINYWORLD, default_tasks, eval_task
 
+STAGES = tuple(checkpoint.DIRECTORIES)
+
 
 @dataclass(frozen=True)
 class ChatEvalConfig:
-    source: str = flag(REQUIRED, "stage that trained the model", choices=tuple(checkpoint.DIRECTORIES), short="-i")
+    source: str = flag(REQUIRED, "stage that trained the model", choices=STAGES, short="-i")
     task_name: str | None = flag(None, "tasks joined by |; None = all default tasks", off="None", short="-a")
     dtype: str | None = flag(
         None, "compute dtype; None = the device's", off="None", choices=("bfloat16", "float32"), short="-d"
@@ -40,12 +48,20 @@ class ChatEvalConfig:
     step: int | None = flag(None, "checkpoint step; None = the last", off="None", short="-s")
     max_problems: int | None = flag(None, "only the first problems of each task", off="None", short="-x")
     device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="")
+    against: str | None = flag(
+        None, "stage whose answers to the same problems to compare with", off="None", choices=STAGES, new=True
+    )
+    show: int = flag(0, "print so many solved and so many unsolved problems of each task", new=True)
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples", "top_k", "batch_size", "max_problems"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value} must be at least 1")
+        if self.show < 0:
+            raise InputError(f"--show {self.show} must be at least 0")
+        if self.against == self.source:
+            raise InputError(f"--against {self.against} is the stage evaluated; give an earlier one")
         if self.temperature < 0:
             raise InputError(f"--temperature {self.temperature} must be at least 0; 0 = the most likely token")
         if self.task_name is not None:
@@ -76,20 +92,39 @@ def report_items(results: Mapping[str, ChatResult]) -> list[dict[str, Any]]:
         members = REAL if name == "ChatCORE metric" else TINYWORLD
         scores[name] = chat_core({task: results[task].accuracy for task in members}, BASELINES)
     new: dict[str, Any] = {}
+    if name is None and len(results) > 1:
+        mean = chat_core({task: result.accuracy for task, result in results.items()}, BASELINES)
+        new[f"centered mean of {' + '.join(results)} (not ChatCORE)"] = mean
     for task, result in results.items():
-        low, high = result.interval
-        new[f"{task} 95% interval"] = f"{low:.4f} to {high:.4f} ({result.num_passed} of {result.total})"
-        guessing = max(BASELINES.get(task, 0.0), result.majority or 0.0)
-        new[f"{task} better than guessing"] = (
-            "yes" if low > guessing else "no, as is to be expected of a very small model"
-        )
-        if result.majority is not None:
-            new[f"{task} always the commonest letter"] = result.majority
-        if result.num_lenient is not None:
-            new[f"{task} same number, other spelling too"] = result.num_lenient / result.total
-        if result.num_cropped:
-            new[f"{task} prompts cropped to the context"] = result.num_cropped
+        new |= {f"{task} {key}": value for key, value in details(result, BASELINES.get(task, 0.0)).items()}
     return [scores, new]
+
+
+def record_path(cfg: ChatEvalConfig, source: str, tag: str, step: int, task: str) -> Path:
+    """Where the records of a task go. What was sampled otherwise, or cut, does not overwrite a whole run."""
+    settings = "" if cfg.temperature == 0 else f".t{cfg.temperature:g}.n{cfg.num_samples}"
+    settings += "" if cfg.max_problems is None else f".first{cfg.max_problems}"
+    return base_dir() / "chat_eval" / f"{source}_{tag}_{step:06d}" / f"{task}{settings}.jsonl"
+
+
+def earlier_records(cfg: ChatEvalConfig, tag: str, tasks: Sequence[str]) -> dict[str, list[Record]]:
+    """The records of the last step of the stage that --against names, for each task.
+
+    Raises:
+        InputError: some are missing or damaged.
+    """
+    if cfg.against is None:
+        return {}
+    step = checkpoint.steps(checkpoint.tag_directory(cfg.against, tag))[-1:] or [0]
+    return {task: records.read(record_path(cfg, cfg.against, tag, step[0], task)) for task in tasks}
+
+
+def change(earlier: list[Record], path: Path, against: str) -> str:
+    """What the report says of another stage's answers to the same problems."""
+    try:
+        return paired_line(records.compare(earlier, records.read(path)), against)
+    except InputError as error:  # other data than then: no reason to lose the evaluation that has just been made
+        return f"not compared: {error}"
 
 
 def run(cfg: ChatEvalConfig) -> dict[str, ChatResult]:
@@ -101,10 +136,16 @@ def run(cfg: ChatEvalConfig) -> dict[str, ChatResult]:
     dataset = meta.get("user_config", {}).get("dataset")
     names = parse_names(cfg.task_name) if cfg.task_name is not None else default_tasks(dataset)
     tasks = {name: eval_task(name) for name in names}  # all at once: missing data must not show after hours
+    earlier = runtime.together(lambda: earlier_records(cfg, meta["tag"], names) if rt.is_master else {})
+    new: dict[str, Any] = {}
     if "HumanEval" in tasks:
+        new["HumanEval sandbox"] = isolation_level()
         print0(f"HumanEval runs the model's code: {isolation_level()}")
-    results = {}
+    if cfg.num_samples > 1 and cfg.temperature == 0:
+        print0(f"--num_samples {cfg.num_samples} at --temperature 0 are copies of one answer; try --temperature=0.8")
+    results, changes = {}, {}
     for name, task in tasks.items():
+        path = record_path(cfg, cfg.source, meta["tag"], meta["step"], name)
         result = evaluate_task(
             task,
             model,
@@ -116,17 +157,30 @@ def run(cfg: ChatEvalConfig) -> dict[str, ChatResult]:
             temperature=cfg.temperature,
             top_k=cfg.top_k,
             max_problems=cfg.max_problems,
+            name=name,
+            record_to=path,
         )
         results[name] = result
         print0(f"Final: {result.num_passed}/{result.total} ({100 * result.accuracy:.2f}%)")
         print0(f"{name} accuracy: {100 * result.accuracy:.2f}%")
-    old, _ = report_config(cfg)
+        if result.num_lenient is not None:
+            print0(f"{name} same number, other spelling too: {100 * result.num_lenient / result.total:.2f}%")
+        if result.num_grader_errors:
+            print0(f"{name} grader errors: {result.num_grader_errors}, counted as not passed ({result.first_error})")
+        print0(f"{name} answers: {path}")
+        if rt.is_master and cfg.show:
+            print0(records.show(records.read(path), cfg.show))
+        if name in earlier:
+            key = f"{name} against {cfg.against}"
+            changes[key] = change(earlier[name], path, str(cfg.against))
+            print0(f"{key}: {changes[key]}")
+    old, settings = report_config(cfg)
     old["dtype"] = str(rt.dtype).removeprefix("torch.")
-    scores, new = report_items(results)
+    scores, behind = report_items(results)
     mean = core_name(list(results))
     if mean is not None:
         print0(f"{mean}: {scores[mean]:.4f}")
-    get_report().log(f"Chat evaluation {cfg.source}", [old, scores, new])
+    get_report().log(f"Chat evaluation {cfg.source}", [old, scores, behind, changes, new, settings])
     runtime.stop()
     return results
 

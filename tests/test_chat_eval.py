@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+from dataclasses import replace
+from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +15,12 @@ import torch
 
 from nanochat import checkpoint
 from nanochat.config import InputError, parse_config
-from nanochat.evals import chat
+from nanochat.evals import chat, chat_report, records
 from nanochat.evals.chat import ChatResult, chat_core, evaluate_task
+from nanochat.evals.records import Record, problem_id
+from nanochat.evals.stats import Paired, mean_and_error, pass_at_k
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import RankError, Runtime
+from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_eval
 from tasks.common import Task, evaluate_letter, mc_conversation
@@ -177,7 +185,7 @@ def test_a_letter_of_two_tokens_is_refused(model, tokenizer):
         def get_example(self, index):
             return mc_conversation("q", ["A", "Ω"], ["x", "y"], "A")
 
-    with pytest.raises(InputError, match="one"):
+    with pytest.raises(InputError, match=r"^Wide: the letter 'Ω' is 2 tokens in this tokenizer; .* such as A, B"):
         evaluate_task(Wide(), model, tokenizer, RT)
 
 
@@ -200,7 +208,9 @@ def test_a_problem_is_solved_when_any_of_its_samples_is_right(model, tokenizer, 
     result = evaluate_task(
         Echo(3), model, tokenizer, RT, batch_size=2, num_samples=2, temperature=0.5, max_new_tokens=9
     )
-    assert (result.num_passed, result.total, result.num_lenient, result.majority) == (1, 3, 2, None)
+    assert (result.num_passed, result.total, result.num_lenient, result.random) == (1, 3, 2, None)
+    assert result.majority == pytest.approx(1 / 3)  # three problems, three right answers
+    assert (result.num_samples, result.right_counts) == (2, (1, 0, 0))
     assert calls == [
         {"prompts": 4, "max_tokens": 9, "temperature": 0.5, "top_k": 50},
         {"prompts": 2, "max_tokens": 9, "temperature": 0.5, "top_k": 50},
@@ -217,11 +227,192 @@ def test_generated_answers_do_not_depend_on_the_batch(model, tokenizer, temperat
     assert seen[0] == seen[1] and len(seen[0]) == 5
 
 
-def test_a_task_that_crashes_while_scoring_stops_the_evaluation(model, tokenizer, monkeypatch):
-    script_engine(monkeypatch, ["x"])
-    monkeypatch.setattr(Echo, "evaluate", lambda self, c, r: 1 / 0)
-    with pytest.raises(RankError, match="ZeroDivisionError"):
-        evaluate_task(Echo(1), model, tokenizer, RT)
+class Touchy(Echo):
+    """Its rule cannot stand a "!"."""
+
+    def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
+        if "!" in response:
+            raise KeyError("!")
+        return super().evaluate(conversation, response)
+
+
+def test_a_rule_that_raises_has_not_judged_and_its_answer_is_named_not_wrong(model, tokenizer, monkeypatch, tmp_path):
+    script_engine(monkeypatch, ["0!", "0", "no", "no", "2!", "2!"])
+    result = evaluate_task(Touchy(3), model, tokenizer, RT, num_samples=2, record_to=tmp_path / "a.jsonl")
+    assert (result.num_passed, result.num_grader_errors, result.first_error) == (1, 3, "KeyError: '!'")
+    verdicts = [[a.verdict for a in r.answers] for r in records.read(tmp_path / "a.jsonl")]
+    assert verdicts == [["grader error", "right"], ["wrong", "wrong"], ["grader error", "grader error"]]
+    assert chat_report.details(result, 0.0)["answers that the grader failed on (of 6)"] == 3
+
+
+def test_a_model_that_writes_nothing_is_not_asked_about_and_counted(model, tokenizer, monkeypatch):
+    script_engine(monkeypatch, ["", " \n", "2"])
+    task = Echo(3)
+    result = evaluate_task(task, model, tokenizer, RT)
+    assert task.seen == ["2"]  # the others have no verdict of the rule
+    assert (result.num_passed, result.num_empty, result.num_lenient) == (1, 2, 1)
+    assert chat_report.details(result, 0.0)["empty answers (of 3)"] == 2
+
+
+def test_answers_that_hit_the_limit_or_leave_the_context_are_counted(model, tokenizer, monkeypatch):
+    prompt = len(tokenizer.render_for_completion(Echo(1)[0]))
+    monkeypatch.setattr(model, "config", GPTConfig(prompt + 4, 300, 2, 2, 2, 32))  # the rest is the untouched model's
+    for budget, beyond in ((4, 0), (5, 1)):
+        result = evaluate_task(Echo(1), model, tokenizer, RT, max_new_tokens=budget)
+        assert (result.num_limited, result.num_beyond) == (1, beyond)
+
+
+def test_logits_that_are_not_finite_choose_no_letter(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model, "logits", lambda x: torch.full((*x.shape[:-1], 300), torch.nan))
+    result = evaluate_task(Letters(4), model, tokenizer, RT)
+    assert (result.num_passed, result.num_empty, result.first_error) == (0, 4, "the logits are not finite")
+    assert dict(result.chosen) == {"none": 4}
+
+
+class Reasoned(Task):
+    """Five letters, right is always B; the letter is the answer's last character."""
+
+    def num_examples(self) -> int:
+        return 3
+
+    def get_example(self, index: int) -> dict[str, Any]:
+        conversation = mc_conversation(f"{index}", "ABCDE", "vwxyz", "so B", subject=f"s{index % 2}")
+        return {**conversation, "answer_letter": "B"}
+
+    def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
+        return response[-1] == conversation["answer_letter"]
+
+
+def test_always_the_same_letter_shows_beside_the_controls(model, tokenizer, monkeypatch):
+    script_engine(monkeypatch, ["so B", "thus B", "B"])
+    result = evaluate_task(Reasoned(), model, tokenizer, RT)
+    assert (result.accuracy, result.majority, result.random) == (1.0, 1.0, pytest.approx(0.2))
+    lines = chat_report.details(result, 0.0)
+    assert lines["letters chosen"] == "B 3 (always the same)" and lines["better than guessing"].startswith("no")
+    script_engine(monkeypatch, ["so A", "thus B", "?"])
+    result = evaluate_task(Reasoned(), model, tokenizer, RT)
+    assert chat_report.details(result, 0.0)["letters chosen"] == "A 1, B 1, none 1"
+    assert dict(result.subjects) == {"s0": (0, 2), "s1": (1, 1)}
+
+
+def test_the_letters_of_real_tasks_are_those_that_their_rules_read(base, model, tokenizer, monkeypatch):
+    script_engine(monkeypatch, ["9 = 9\nAnswer: A", "the answer is (B).", "A man, a plan"])
+    result = evaluate_task(eval_task("AQUA"), model, tokenizer, RT)
+    assert dict(result.chosen) == {"A": 1, "B": 1, "none": 1} and result.num_passed == 1
+    gold = eval_task("TinyMC")[0]["answer_letter"]
+    script_engine(monkeypatch, [f"It is x={gold}", "x=E"])
+    result = evaluate_task(eval_task("TinyMC"), model, tokenizer, RT, max_problems=2)
+    assert dict(result.chosen) == {gold: 1, "none": 1} and result.num_passed == 1
+
+
+def test_subjects_follow_with_their_mean_and_pass_at_k_with_its_error():
+    result = ChatResult(
+        3, 4, right_counts=(4, 1, 1, 0), num_samples=4, subjects={"art": (3, 3), "war": (0, 1)}, majority=0.25
+    )
+    lines = chat_report.details(result, 0.1)
+    assert lines["mean over 2 subjects"] == 0.5 and lines["subject art"].startswith("1.0000 (3 of 3, 0.4385 to 1.0000")
+    # pass@1: 1, 1/4, 1/4, 0; pass@2: 1, 1/2, 1/2, 0; pass@4: 1, 1, 1, 0
+    assert lines["pass@1"] == "0.3750 +- 0.2165 (of 4 samples)"
+    assert [lines[f"pass@{k}"][:6] for k in (2, 4)] == ["0.5000", "0.7500"]
+    assert lines["random guess"] == 0.1 and lines["always the commonest answer"] == 0.25
+    assert chat_report.powers_of_2(6) == [1, 2, 4, 6] and chat_report.powers_of_2(1) == [1]
+
+
+# records
+
+
+def test_every_prompt_answer_and_verdict_is_a_line_that_a_person_can_read(model, tokenizer, monkeypatch, tmp_path):
+    script_engine(monkeypatch, ["it is 0", "\u2028é", "no", "2"])
+    path = tmp_path / "deep" / "Echo.jsonl"
+    result = evaluate_task(Echo(2), model, tokenizer, RT, batch_size=1, num_samples=2, name="Echo one", record_to=path)
+    lines = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    assert [(r["task"], r["index"], r["passed"], r["gold"]) for r in lines] == [
+        ("Echo one", 0, True, "0"),
+        ("Echo one", 1, False, "1"),
+    ]
+    assert lines[0]["prompt"] == "<|bos|><|user_start|>say 0<|user_end|><|assistant_start|>"
+    assert [a["text"] for a in lines[0]["answers"]] == ["it is 0", "\u2028é"] and "é" in path.read_text("utf-8")
+    first = lines[0]["answers"][0]
+    assert (first["verdict"], first["lenient"], first["num_tokens"]) == (
+        "right",
+        True,
+        len(tokenizer.encode("it is 0")),
+    )
+    assert result.num_passed == sum(r.passed for r in records.read(path))
+    assert [p.name for p in path.parent.iterdir()] == ["Echo.jsonl"]
+
+
+def test_a_letters_record_has_the_chances_of_the_letters(model, tokenizer, tmp_path):
+    evaluate_task(Letters(3), model, tokenizer, RT, record_to=tmp_path / "a.jsonl")
+    for record in records.read(tmp_path / "a.jsonl"):
+        probs = record.answers[0].letter_probs
+        assert record.letters == list(probs) == list("ABCD") and sum(probs.values()) == pytest.approx(1, abs=2e-4)
+        assert max(probs, key=probs.get) == record.answers[0].letter == record.answers[0].text
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(model, tokenizer, monkeypatch, tmp_path):
+    path = tmp_path / "a.jsonl"
+    evaluate_task(Letters(3), model, tokenizer, RT, record_to=path)
+    before = path.read_bytes()
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"cannot write the answers to .*: No space left on device; make room"):
+        evaluate_task(Letters(2), model, tokenizer, RT, record_to=path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def ranks_record(rt: Runtime, path: Path) -> None:
+    words = Tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the cat " * 20], 300)
+    result = evaluate_task(Letters(), tiny_model(words), words, rt, batch_size=2, record_to=path)
+    path.with_name(f"{rt.rank}.txt").write_text(repr(result))
+
+
+def test_two_ranks_write_the_file_that_one_writes(two_ranks, model, tokenizer, tmp_path):
+    two_ranks(ranks_record, tmp_path / "two.jsonl")
+    alone = evaluate_task(Letters(), model, tokenizer, RT, record_to=tmp_path / "one.jsonl")
+    together = [_without_probs(records.read(tmp_path / f"{name}.jsonl")) for name in ("two", "one")]
+    assert together[0] == together[1] and [r.index for r in together[0]] == list(range(11))
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == [repr(alone)] * 2
+
+
+def _without_probs(lines: list[Record]) -> list[Record]:
+    """Chances may differ in the last digit with the batch's padding."""
+    return [replace(r, answers=[replace(a, letter_probs=None) for a in r.answers]) for r in lines]
+
+
+def record(index: int, passed: bool, **changes: Any) -> Record:
+    return Record(
+        **{"task": "T", "index": index, "id": f"p{index}", "passed": passed, "gold": "", "answers": []} | changes
+    )
+
+
+def test_two_models_are_compared_on_the_problems_that_both_have():
+    first = [record(i, passed) for i, passed in enumerate([True, True, False, False, True])]
+    second = [record(i, passed) for i, passed in reversed(list(enumerate([True, False, True, False])))]
+    assert records.compare(first, second) == Paired(both=1, only_first=1, only_second=1, neither=1)
+    with pytest.raises(InputError, match="share no problem"):
+        records.compare(first, [record(9, True)])
+    with pytest.raises(InputError, match="problem 1 of T is p1 in one evaluation and other in the other"):
+        records.compare(first, [record(1, True, id="other")])
+
+
+def test_a_problems_name_changes_with_the_problem_alone():
+    a, b = Letters(3)[0], Letters(3)[1]
+    assert problem_id(a) == problem_id(dict(reversed(a.items()))) == problem_id(Letters(9)[0]) != problem_id(b)
+
+
+@pytest.mark.parametrize("line", ["{", "3", '{"task": "T"}', '{"answers": [{"no": 1}]}'])
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    records.write(path, [record(0, True)])
+    path.write_text(path.read_text() + "\n" + line + "\n")
+    with pytest.raises(InputError, match=r"a\.jsonl line 3: no record"):
+        records.read(path)
+    with pytest.raises(InputError, match="no answers to read"):
+        records.read(tmp_path / "none.jsonl")
 
 
 # arithmetic
@@ -232,6 +423,36 @@ def test_a_task_that_crashes_while_scoring_stops_the_evaluation(model, tokenizer
 )
 def test_the_interval_is_wilsons(passed, total, low, high):
     assert ChatResult(passed, total).interval == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("n", "c"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 4), (6, 6)])
+def test_pass_at_k_is_the_share_of_draws_of_k_samples_with_a_right_one(n, c):
+    samples = [True] * c + [False] * (n - c)
+    for k in range(1, n + 1):
+        draws = list(combinations(samples, k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    for k in (0, n + 1):
+        with pytest.raises(ValueError, match="cannot be estimated"):
+            pass_at_k(n, c, k)
+
+
+def test_the_mean_of_a_sample_has_the_error_of_a_sample():
+    assert mean_and_error([0.0, 1.0]) == (0.5, 0.5)
+    assert mean_and_error([1, 2, 3, 4]) == pytest.approx((2.5, (5 / 3 / 4) ** 0.5))
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (3, 3), (2, 6), (6, 2), (0, 8)])
+def test_the_paired_test_counts_the_coin_tosses_at_least_as_uneven(first, second):
+    tosses = list(product([0, 1], repeat=first + second))
+    extreme = [t for t in tosses if abs(2 * sum(t) - len(t)) >= abs(first - second)]
+    assert Paired(5, first, second, 7).p_value == pytest.approx(len(extreme) / len(tosses))
+
+
+def test_the_interval_of_a_paired_difference_is_bonett_and_prices():
+    # 100 problems, 5 only before, 15 only now: (16 - 6) / 102, +- 1.96 sqrt((22/102 - (10/102)^2) / 102)
+    low, high = Paired(40, 5, 15, 40).interval
+    assert (low, high) == pytest.approx((0.098039 - 0.088097, 0.098039 + 0.088097), abs=1e-5)
+    assert Paired(4, 0, 0, 0).interval[1] > 0.3  # no difference among four problems proves little
 
 
 def test_chat_core_of_published_figures():
@@ -259,6 +480,8 @@ def test_flags_have_the_references_order_names_and_letters():
         ("step", 60),
         ("max_problems", 10),
         ("device_type", "cpu"),
+        ("against", None),  # new ones last
+        ("show", 0),
     ]
 
 
@@ -271,6 +494,8 @@ def test_flags_have_the_references_order_names_and_letters():
         ([], "required"),
         (["-i", "sft", "-x", "0"], "--max_problems 0 must be at least 1"),
         (["-i", "sft", "-t", "-1"], "--temperature -1.0 must be at least 0"),
+        (["-i", "sft", "--against", "sft"], "--against sft is the stage evaluated"),
+        (["-i", "sft", "--show", "-1"], "--show -1 must be at least 0"),
     ],
 )
 def test_wrong_input_ends_in_one_line_and_exit_code_2(capsys, argv, message):
@@ -288,7 +513,10 @@ def test_only_a_complete_default_set_gets_a_mean_and_tinyworlds_has_its_own_name
     results["AQUA"] = ChatResult(0, 2)  # no member: the mean is the same
     assert chat_eval.report_items(results)[0]["ChatCORE metric"] == pytest.approx(2.5 / 6)
     del results["MMLU"]
-    assert "ChatCORE metric" not in chat_eval.report_items(results)[0]
+    scores, behind = chat_eval.report_items(results)
+    assert "ChatCORE metric" not in scores
+    name = "centered mean of ARC-Easy + ARC-Challenge + GSM8K + HumanEval + SpellingBee + AQUA (not ChatCORE)"
+    assert next(iter(behind)) == name and behind[name] == pytest.approx((2 / 3 + 1.5 - 0.25) / 6)
     scores, _ = chat_eval.report_items({name: ChatResult(1, 2) for name in TINYWORLD})
     assert list(scores) == [*TINYWORLD, "ChatCORE tinyworld"]
 
@@ -317,10 +545,10 @@ def base(tmp_path, monkeypatch, tokenizer):
     return base
 
 
-def save_model(tokenizer: Tokenizer, **user_config: Any) -> None:
+def save_model(tokenizer: Tokenizer, stage: str = "sft", **user_config: Any) -> None:
     model = tiny_model(tokenizer, sequence_len=512)
     meta = {"model_config": model.config.to_dict(), "user_config": user_config, "tokenizer": tokenizer.fingerprint}
-    save_checkpoint(checkpoint.tag_directory("sft", "d2"), 7, model, None, meta)
+    save_checkpoint(checkpoint.tag_directory(stage, "d2"), 7, model, None, meta)
 
 
 def test_the_stage_writes_the_references_keys_first_and_prints_each_accuracy(base, tokenizer, capsys):
@@ -328,7 +556,9 @@ def test_the_stage_writes_the_references_keys_first_and_prints_each_accuracy(bas
     chat_eval.main("-i sft -a AQUA|SpellingBee -x 2 -m 4 -d float32 --device-type cpu".split())
     out = capsys.readouterr().out
     assert "Final: 0/2 (0.00%)\nAQUA accuracy: 0.00%\n" in out
-    assert "Final: 0/2 (0.00%)\nSpellingBee accuracy: 0.00%\n" in out
+    assert (
+        "Final: 0/2 (0.00%)\nSpellingBee accuracy: 0.00%\nSpellingBee same number, other spelling too: 0.00%\n" in out
+    )
     lines = (base / "report" / "chat-evaluation-sft.md").read_text().splitlines()
     assert lines[0] == "## Chat evaluation sft"
     assert lines[3:17] == [
@@ -347,8 +577,60 @@ def test_the_stage_writes_the_references_keys_first_and_prints_each_accuracy(bas
         "- AQUA: 0.0000",
         "- SpellingBee: 0.0000",
     ]
-    assert lines[17] == "- AQUA 95% interval: 0.0000 to 0.6576 (0 of 2)"
-    assert "- AQUA always the commonest letter: 1.0000" in lines
+    assert lines[17] == "- centered mean of AQUA + SpellingBee (not ChatCORE): -0.1250"  # AQUA's 0 is below its 0.2
+    assert lines[18] == "- AQUA 95% interval: 0.0000 to 0.6576 (0 of 2)"
+    for line in (
+        "AQUA random guess: 0.5000",
+        "AQUA always the commonest letter: 1.0000",
+        "SpellingBee same number, other spelling too: 0.0000",
+        "SpellingBee answers cut at the length limit (of 2): 2",
+        "show: 0",
+    ):
+        assert f"- {line}" in lines
+
+
+def test_the_stage_keeps_every_answer_and_a_part_does_not_replace_the_whole(base, tokenizer, capsys):
+    save_model(tokenizer)
+    for more in ("", "-x 2", "-t 0.7 -n 2 --show 1"):
+        chat_eval.main(f"-i sft -a AQUA -m 4 --device-type cpu {more}".split())
+    folder = base / "chat_eval" / "sft_d2_000007"
+    sizes = {p.name: len(records.read(p)) for p in folder.iterdir()}
+    assert sizes == {"AQUA.jsonl": 3, "AQUA.first2.jsonl": 2, "AQUA.t0.7.n2.jsonl": 3}
+    assert "Answer: <letter>" in records.read(folder / "AQUA.jsonl")[0].prompt
+    out = capsys.readouterr().out
+    assert out.count("--- AQUA 0: not solved") == 1 and "[reference] B" in out
+    assert (
+        "- AQUA pass@1: 0.0000 +- 0.0000 (of 2 samples)"
+        in (base / "report" / "chat-evaluation-sft.md").read_text().splitlines()
+    )
+
+
+def test_against_another_stage_says_what_changed_on_the_same_problems(base, tokenizer, capsys):
+    save_model(tokenizer, stage="mid")
+    save_model(tokenizer)
+    argv = "-a AQUA -m 4 --device-type cpu".split()
+    with pytest.raises(SystemExit):
+        chat_eval.main(["-i", "sft", "--against=mid", *argv])
+    assert "no answers to read at" in capsys.readouterr().err
+    chat_eval.main(["-i", "mid", *argv])
+    path = base / "chat_eval" / "mid_d2_000007" / "AQUA.jsonl"
+    first, *others = records.read(path)
+    records.write(path, [replace(first, passed=True), *others])
+    chat_eval.main(["-i", "sft", "--against=mid", *argv])
+    line = "AQUA against mid: 1 -> 0 of 3; 0 only now, 1 only in mid; difference -0.8559 to +0.4559, p = 1.0000"
+    assert line in capsys.readouterr().out
+    assert f"- {line}\n" in (base / "report" / "chat-evaluation-sft.md").read_text()
+    records.write(path, [replace(first, id="another"), *others])  # the data are not what they were
+    chat_eval.main(["-i", "sft", "--against=mid", *argv])
+    assert "AQUA against mid: not compared: problem 0 of AQUA is another" in capsys.readouterr().out
+
+
+def test_the_report_says_what_keeps_the_models_code_in(base, tokenizer, monkeypatch):
+    save_model(tokenizer)
+    monkeypatch.setattr(chat_eval, "eval_task", lambda name: Echo(1))
+    monkeypatch.setattr(chat_eval, "isolation_level", lambda: "a strong box")
+    chat_eval.main("-i sft -a HumanEval -m 2 --device-type cpu".split())
+    assert "- HumanEval sandbox: a strong box\n" in (base / "report" / "chat-evaluation-sft.md").read_text()
 
 
 def test_dtype_is_the_dtype_of_the_activations(base, tokenizer, monkeypatch):

@@ -102,6 +102,13 @@ def test_the_shuffled_order_is_that_of_the_hub_library(monkeypatch: pytest.Monke
     assert hub.shuffled_order(5).tolist() == [4, 2, 3, 1, 0]
 
 
+def test_the_shuffled_order_is_that_of_the_library_itself() -> None:
+    datasets = pytest.importorskip("datasets")
+    for n in (1, 7, 1000):
+        shuffled = datasets.Dataset.from_dict({"n": list(range(n))}).shuffle(seed=42)
+        assert shuffled["n"][:] == hub.shuffled_order(n).tolist()
+
+
 @pytest.mark.skipif(not (REAL / "datasets").is_dir(), reason="the local hub mirror is not here")
 @pytest.mark.parametrize(
     ("repo", "config", "split", "n"),

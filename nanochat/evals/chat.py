@@ -6,34 +6,49 @@ answers and let the task judge them. Neither depends on the batch size or the nu
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from nanochat.config import InputError
 from nanochat.engine import Engine
+from nanochat.evals import records
+from nanochat.evals.records import EMPTY, GRADER_ERROR, RIGHT, WRONG, Answer, Record
+from nanochat.evals.stats import mean_and_error, pass_at_k, wilson
 from nanochat.gpt import GPT
-from nanochat.runtime import Runtime, all_reduce, together
+from nanochat.runtime import Runtime, together
 from nanochat.tokenizer import Tokenizer
 
-Z95 = 1.959964  # two-sided 95% of the normal distribution
-MAX_LETTERS = 32
 WHOLE_PROMPT = 1 << 30  # no cut from the right in the renderer: we cut from the left
 
 
 @dataclass(frozen=True)
 class ChatResult:
-    """Counts over all ranks."""
+    """What the records of all ranks come to. A problem is passed when any of its answers is right."""
 
     num_passed: int
     total: int
     num_lenient: int | None = None  # passed by the task's kinder rule, where it has one
-    majority: float | None = None  # accuracy of always choosing the commonest right letter; letters only
+    majority: float | None = None  # accuracy of always giving the commonest right answer
+    random: float | None = None  # accuracy of a random letter; letters only
     num_cropped: int = 0  # prompts longer than the context, which lost their beginning
+    right_counts: tuple[int, ...] = ()  # right answers to each problem
+    num_samples: int = 1  # answers to each problem
+    subjects: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # name -> (passed, problems)
+    chosen: Mapping[str, int] = field(default_factory=dict)  # letter, or "none" -> answers that gave it
+    # Answers, out of total * num_samples:
+    num_grader_errors: int = 0
+    num_empty: int = 0
+    num_limited: int = 0  # had not ended when their tokens were used up
+    num_beyond: int = 0  # longer, with the prompt, than the context of training
+    first_error: str | None = None
 
     @property
     def accuracy(self) -> float:
@@ -41,33 +56,39 @@ class ChatResult:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% confidence interval of the accuracy (Wilson 1927), from having drawn only `total` problems."""
-        n, p = self.total, self.accuracy
-        center = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-        half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-        return max(0.0, center - half), min(1.0, center + half)
+        return wilson(self.num_passed, self.total)
+
+    def pass_at(self, k: int) -> tuple[float, float]:
+        """(pass@k over all problems, its standard error)."""
+        return mean_and_error([pass_at_k(self.num_samples, right, k) for right in self.right_counts])
 
 
-@dataclass
-class Tally:
-    """What one rank counts."""
-
-    passed: int = 0
-    lenient: int = 0
-    cropped: int = 0
-    done: int = 0
-
-    def __post_init__(self) -> None:
-        self.gold = [0] * MAX_LETTERS  # how often the right letter stands at each place
-
-    def count_gold(self, conversation: Mapping[str, Any]) -> None:
-        if "letters" in conversation:
-            self.gold[conversation["letters"].index(_gold(conversation))] += 1
-
-
-def _gold(conversation: Mapping[str, Any]) -> str:
-    """The right letter: apart where the answer reasons first, else the whole answer."""
-    return conversation.get("answer_letter") or conversation["messages"][-1]["content"]
+def summarise(solved: Sequence[Record], total: int, has_lenient_rule: bool) -> ChatResult:
+    """
+    Args:
+        total: problems of all ranks, which is more than those solved when there is no process group to gather from.
+    """
+    answers = [answer for r in solved for answer in r.answers]
+    verdicts = Counter(a.verdict for a in answers)
+    passed, asked = Counter(r.subject for r in solved if r.passed), Counter(r.subject for r in solved)
+    with_letters = [r for r in solved if r.letters]
+    return ChatResult(
+        num_passed=sum(r.passed for r in solved),
+        total=total,
+        num_lenient=sum(r.lenient for r in solved) if has_lenient_rule else None,
+        majority=max(Counter(r.gold for r in solved).values(), default=0) / total,
+        random=sum(1 / len(r.letters) for r in with_letters) / total if with_letters else None,
+        num_cropped=sum(r.cropped for r in solved),
+        right_counts=tuple(r.num_right for r in solved),
+        num_samples=max((len(r.answers) for r in solved), default=1),
+        subjects={name: (passed[name], n) for name, n in sorted((s, n) for s, n in asked.items() if s is not None)},
+        chosen=dict(sorted(Counter(a.letter or "none" for r in with_letters for a in r.answers).items())),
+        num_grader_errors=verdicts[GRADER_ERROR],
+        num_empty=verdicts[EMPTY],
+        num_limited=sum(a.hit_limit for a in answers),
+        num_beyond=sum(a.beyond_context for a in answers),
+        first_error=next((a.error for a in answers if a.error), None),
+    )
 
 
 def evaluate_task(
@@ -82,6 +103,8 @@ def evaluate_task(
     temperature: float = 0.0,
     top_k: int | None = 50,
     max_problems: int | None = None,
+    name: str | None = None,
+    record_to: Path | None = None,
 ) -> ChatResult:
     """Solve the first `max_problems` problems of a tasks.common.Task. Call it on all ranks.
 
@@ -89,69 +112,120 @@ def evaluate_task(
         batch_size: problems at once, on each rank.
         num_samples: answers to each problem of a generative task; one right answer solves it.
         temperature: 0 = the most likely token, always.
+        name: of the task in its records; None = its class's.
+        record_to: a file for every prompt, answer and verdict (records.py), written by rank 0; None = none.
 
     Raises:
         RankInputError: the task is empty, or a letter of it is no single token.
         RankError: it failed otherwise on some rank. Both on every rank.
     """
+    name = name or type(task).__name__
 
-    def on_this_rank() -> tuple[int, Tally]:
+    def on_this_rank() -> tuple[int, list[Record]]:
         total = len(task) if max_problems is None else min(len(task), max_problems)
         if total < 1:
-            raise InputError(f"{type(task).__name__} has no problem to evaluate; check max_problems and the data")
+            raise InputError(f"{name} has no problem to evaluate; check max_problems and the data")
         solver: Categorical | Generative
         if task.eval_type == "categorical":
             solver = Categorical(task, model, tokenizer)
         else:
             solver = Generative(task, model, tokenizer, num_samples, max_new_tokens, temperature, top_k)
-        return total, _solve_mine(solver, total, batch_size, rt)
+        return total, _solve_mine(solver, name, total, batch_size, rt, with_prompts=record_to is not None)
 
-    total, tally = together(on_this_rank)
-    counts = [tally.passed, tally.lenient, tally.cropped, *tally.gold]
-    summed = all_reduce(torch.tensor(counts, dtype=torch.int64, device=rt.device)).tolist()
-    passed, lenient, cropped, *gold = summed
-    return ChatResult(
-        num_passed=passed,
-        total=total,
-        num_lenient=lenient if task.has_lenient_rule else None,
-        majority=max(gold) / total if any(gold) else None,
-        num_cropped=cropped,
-    )
+    total, mine = together(on_this_rank)
+    solved = _gather(mine)
+    if record_to is not None:
+        together(lambda: records.write(record_to, solved) if rt.is_master else None)
+    return summarise(solved, total, task.has_lenient_rule)
 
 
-def _solve_mine(solver: Categorical | Generative, total: int, batch_size: int, rt: Runtime) -> Tally:
+def _gather(mine: list[Record]) -> list[Record]:
+    """The records of all ranks, in the task's order. Over the network: nodes may have no folder in common."""
+    if not dist.is_initialized():
+        return mine
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return sorted(chain.from_iterable(parts), key=lambda record: record.index)
+
+
+def _solve_mine(
+    solver: Categorical | Generative, name: str, total: int, batch_size: int, rt: Runtime, with_prompts: bool
+) -> list[Record]:
     """This rank's part of the first `total` problems."""
-    task, tally = solver.task, Tally()
-    for batch in _my_batches(total, batch_size, rt, type(task).__name__, tally):
+    task, tokenizer, context = solver.task, solver.tokenizer, solver.model.config.sequence_len
+    done: list[Record] = []
+    for batch in _my_batches(total, batch_size, rt, name, done):
         conversations = [task[i] for i in batch]
-        prompts = [_prompt(c, solver.model, solver.tokenizer, tally) for c in conversations]
-        for conversation in conversations:
-            tally.count_gold(conversation)
-        solver.solve(conversations, prompts, tally)
-        tally.done += len(batch)
-    return tally
+        whole = [tokenizer.render_for_completion(c, max_tokens=WHOLE_PROMPT) for c in conversations]
+        prompts = [_crop(ids, context) for ids in whole]
+        answers = solver.solve(conversations, prompts)
+        for index, conversation, ids, prompt, of_one in zip(batch, conversations, whole, prompts, answers, strict=True):
+            done.append(
+                Record(
+                    task=name,
+                    index=index,
+                    id=records.problem_id(conversation),
+                    passed=any(answer.verdict == RIGHT for answer in of_one),
+                    gold=_gold(conversation),
+                    answers=of_one,
+                    prompt=tokenizer.decode(prompt) if with_prompts else "",
+                    num_prompt_tokens=len(prompt),
+                    cropped=len(ids) > len(prompt),
+                    letters=list(conversation.get("letters", ())),
+                    subject=conversation.get("subject"),
+                )
+            )
+    return done
 
 
-def _my_batches(total: int, batch_size: int, rt: Runtime, name: str, tally: Tally) -> Iterator[Sequence[int]]:
+def _my_batches(total: int, batch_size: int, rt: Runtime, name: str, done: list[Record]) -> Iterator[Sequence[int]]:
     """Batch i goes to rank i mod world size. Rank 0 shows progress: rate, time left, accuracy so far."""
     batches = [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
     mine = batches[rt.rank :: rt.world_size]
-    size = sum(map(len, mine))
+    size, passed = sum(map(len, mine)), 0
     with tqdm(total=size, desc=name, unit="problem", mininterval=1.0, disable=not rt.is_master) as bar:
         for batch in mine:
             yield batch
-            bar.set_postfix_str(f"{tally.passed}/{tally.done} right", refresh=False)
+            passed += sum(record.passed for record in done[-len(batch) :])
+            bar.set_postfix_str(f"{passed}/{len(done)} right", refresh=False)
             bar.update(len(batch))
 
 
-def _prompt(conversation: Mapping[str, Any], model: GPT, tokenizer: Tokenizer, tally: Tally) -> list[int]:
-    """The prompt's ids, at most a context of them: the end of the question matters more than its beginning."""
-    ids = tokenizer.render_for_completion(conversation, max_tokens=WHOLE_PROMPT)
-    cut = len(ids) - model.config.sequence_len
-    if cut <= 0:
-        return ids
-    tally.cropped += 1
-    return [ids[0], *ids[cut + 1 :]]  # BOS stays
+def _crop(ids: list[int], context: int) -> list[int]:
+    """At most a context of ids: the end of the question matters more than its beginning. BOS stays."""
+    cut = len(ids) - context
+    return ids if cut <= 0 else [ids[0], *ids[cut + 1 :]]
+
+
+def _gold(conversation: Mapping[str, Any]) -> str:
+    """The reference: a letter, or what stands after `#### `, or else all that the conversation's last message says."""
+    if conversation.get("answer_letter"):
+        return conversation["answer_letter"]
+    content = conversation["messages"][-1]["content"]
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    _, mark, answer = content.rpartition("#### ")
+    return answer.strip() if mark else content
+
+
+def judge(task: Any, conversation: Mapping[str, Any], text: str, **facts: Any) -> Answer:
+    """An answer with its verdict. A rule that raises has given none: the answer counts as not right, and as that."""
+    if not text.strip():
+        return Answer(text, EMPTY, lenient=False if task.has_lenient_rule else None, **facts)
+    try:
+        is_right = bool(task.evaluate(conversation, text))
+        lenient = bool(task.evaluate_lenient(conversation, text)) if task.has_lenient_rule else None
+        if facts.get("letter") is None and "letters" in conversation:
+            facts["letter"] = _read_letter(task, conversation, text)
+    except Exception as error:  # it reads what a model wrote: any fault of it shows here first
+        return Answer(text, GRADER_ERROR, error=f"{type(error).__name__}: {error}", **facts)
+    return Answer(text, RIGHT if is_right else WRONG, lenient=lenient, **facts)
+
+
+def _read_letter(task: Any, conversation: Mapping[str, Any], text: str) -> str | None:
+    """The letter that the task's rule reads in a text: the one for which the text would be right."""
+    fits = (x for x in conversation["letters"] if task.evaluate({**conversation, "answer_letter": x}, text))
+    return next(fits, None)
 
 
 class Categorical:
@@ -166,23 +240,32 @@ class Categorical:
             ids = self.tokenizer.encode(letter)
             if len(ids) != 1:
                 raise InputError(
-                    f"the letter {letter!r} is {len(ids)} tokens in this tokenizer; a categorical task needs one"
+                    f"{type(self.task).__name__}: the letter {letter!r} is {len(ids)} tokens in this tokenizer; a "
+                    "categorical task needs letters of one token, such as A, B, C, D"
                 )
             self.letter_ids[letter] = ids[0]
         return self.letter_ids[letter]
 
     @torch.no_grad()
-    def solve(self, conversations: Sequence[Mapping[str, Any]], prompts: Sequence[list[int]], tally: Tally) -> None:
+    def solve(self, conversations: Sequence[Mapping[str, Any]], prompts: Sequence[list[int]]) -> list[list[Answer]]:
+        """One answer to each."""
         lengths = torch.tensor([len(p) for p in prompts], device=self.model.device)
         T, pad = int(lengths.max()), self.tokenizer.get_bos_token_id()
         rows = [p + [pad] * (T - len(p)) for p in prompts]  # at the end, where causal attention ignores it
         x = self.model.features(torch.tensor(rows, device=self.model.device))  # (B, T, C)
         last = x[torch.arange(len(rows), device=x.device), lengths - 1]  # (B, C)
-        logits = self.model.logits(last).cpu()  # (B, V): only where an answer is read, not (B, T, V)
-        for conversation, row in zip(conversations, logits, strict=True):
-            letters = conversation["letters"]
-            scores = row[[self.letter_id(letter) for letter in letters]]
-            tally.passed += self.task.evaluate(conversation, letters[int(scores.argmax())])
+        logits = self.model.logits(last).float().cpu()  # (B, V): only where an answer is read, not (B, T, V)
+        return [[self.choose(c, row)] for c, row in zip(conversations, logits, strict=True)]
+
+    def choose(self, conversation: Mapping[str, Any], row: torch.Tensor) -> Answer:
+        """Args: row: (V,) logits after the prompt."""
+        letters = conversation["letters"]
+        scores = row[[self.letter_id(letter) for letter in letters]]
+        if not bool(scores.isfinite().all()):  # argmax would take the NaN for the choice
+            return Answer("", EMPTY, error="the logits are not finite")
+        letter = letters[int(scores.argmax())]
+        probs = {name: round(p, 4) for name, p in zip(letters, scores.softmax(0).tolist(), strict=True)}
+        return judge(self.task, conversation, letter, letter=letter, letter_probs=probs)
 
 
 class Generative:
@@ -202,15 +285,22 @@ class Generative:
         self.engine = Engine(model, tokenizer)
         self.sampling: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
 
-    def solve(self, conversations: Sequence[Mapping[str, Any]], prompts: Sequence[list[int]], tally: Tally) -> None:
-        rows = [prompt for prompt in prompts for _ in range(self.num_samples)]
-        sequences, _, _ = self.engine.generate_many(rows, **self.sampling)
-        answers = [self.tokenizer.decode(s[len(p) :]) for s, p in zip(sequences, rows, strict=True)]
-        for i, conversation in enumerate(conversations):
-            mine = answers[i * self.num_samples : (i + 1) * self.num_samples]
-            tally.passed += any(self.task.evaluate(conversation, answer) for answer in mine)
-            if self.task.has_lenient_rule:
-                tally.lenient += any(self.task.evaluate_lenient(conversation, answer) for answer in mine)
+    def solve(self, conversations: Sequence[Mapping[str, Any]], prompts: Sequence[list[int]]) -> list[list[Answer]]:
+        """num_samples answers to each."""
+        rows = [(c, p) for c, p in zip(conversations, prompts, strict=True) for _ in range(self.num_samples)]
+        sequences, _, ends = self.engine.generate_many([prompt for _, prompt in rows], **self.sampling)
+        answers = [
+            judge(
+                self.task,
+                conversation,
+                self.tokenizer.decode(ids[len(prompt) :]),
+                num_tokens=len(ids) - len(prompt),
+                hit_limit=end is None,
+                beyond_context=len(ids) > self.model.config.sequence_len,
+            )
+            for (conversation, prompt), ids, end in zip(rows, sequences, ends, strict=True)
+        ]
+        return [answers[i : i + self.num_samples] for i in range(0, len(answers), self.num_samples)]
 
 
 def chat_core(accuracies: Mapping[str, float], baselines: Mapping[str, float]) -> float:
