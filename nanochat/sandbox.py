@@ -188,15 +188,11 @@ def _execute(
             said = _read_capped(outer / "errors").strip().splitlines()
             raise SandboxError(f"the sandbox could not start: {said[-1] if said else f'exit code {returncode}'}")
         # A keeper that started and gave no verdict was brought down by the program: that is no pass.
-        verdict = json.loads(lines[1]) if len(lines) > 1 else {"returncode": returncode or 1}
+        verdict: dict[str, Any] = json.loads(lines[1]) if len(lines) > 1 else {"returncode": returncode or 1}
         if verdict.get("fault"):
             raise SandboxError(verdict["fault"])
-        return _result(
-            verdict["returncode"],
-            verdict.get("error"),
-            timeout,
-            *(_read_capped(outer / stream) for stream in ("stdout", "stderr")),
-        )
+        said_out, said_err = (_read_capped(outer / stream) for stream in ("stdout", "stderr"))
+        return _result(verdict["returncode"], verdict.get("error"), timeout, said_out, said_err)
 
 
 def _result(returncode: int | None, error: str | None, timeout: float, stdout: str, stderr: str) -> ExecutionResult:

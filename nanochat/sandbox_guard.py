@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+from typing import Any
 
 OUT_OF_MEMORY = 3  # the program's exit code then
 MAX_ANSWER = 8 << 20  # bytes of one answer of a tested function, as JSON
@@ -94,7 +95,7 @@ def watch(root, readable):
             path = bytes.decode(path, "utf-8", "surrogateescape")
         if not isinstance(path, str):
             return False
-        parts = []
+        parts: list[str] = []
         for part in str.split(path if str.startswith(path, "/") else f"{root}/{path}", "/"):
             if part == "..":
                 del parts[-1:]
@@ -109,9 +110,8 @@ def watch(root, readable):
         if event == "open":
             writes = isinstance(args[2], int) and args[2] & WRITE_FLAGS
             if not allowed(args[0], [root] if writes else [root, *readable]):
-                raise PermissionError(
-                    f"{'writing' if writes else 'reading'} {args[0]!r} is switched off in the sandbox"
-                )
+                verb = "writing" if writes else "reading"
+                raise PermissionError(f"{verb} {args[0]!r} is switched off in the sandbox")
         elif event in READ_EVENTS and args[0] is not None and not allowed(args[0], [root, *readable]):
             raise PermissionError(f"{event} {args[0]!r} is switched off in the sandbox")
 
@@ -218,6 +218,7 @@ def serve(function, requests, answers):
         args, kwargs = decode(json.loads(line))
         try:
             reply = {"value": encode(function(*args, **kwargs))}
+            sys.stdout.flush()  # the process is killed when the tests are through
         except MemoryError:
             raise
         except BaseException as error:
@@ -285,17 +286,18 @@ class BadTest(BaseException):
     """The tests themselves are at fault. No test's own `except Exception` catches it."""
 
 
-def run_tests(candidate, prompt, test):
+def run_tests(candidate, entry_point, prompt, test):
     """The verdict of `check(candidate)`: None when it passes, else the reason.
 
     Raises:
         BadTest: prompt or test cannot even be run, or test has no function `check`.
         TimeoutError, EOFError: the program did not answer in time; it ended.
     """
-    names = {"__name__": "tests"}
+    names: dict[str, Any] = {"__name__": "tests"}
     try:
         exec(compile(f"{prompt}\n\n{test}", "<test>", "exec"), names)  # a test may use the prompt's own functions
         check = names["check"]
+        names[entry_point] = candidate  # some call the function by its own name
     except Exception as error:
         raise BadTest(f"the tests cannot be run: {type(error).__name__}: {error}") from None
     try:
@@ -342,12 +344,13 @@ def keep(job, source, work):
     os.dup2(2, 1)  # what a test prints is no verdict
     for fd in (requests[0], answers[1]):
         os.close(fd)
-    report = {"returncode": None, "error": None, "fault": None}
+    report: dict[str, Any] = {"returncode": None, "error": None, "fault": None}
     ended = False
     try:
         if job["entry_point"] is not None:
             tests = read_part()
-            report["error"] = run_tests(Candidate(requests[1], answers[0], deadline), tests["prompt"], tests["test"])
+            candidate = Candidate(requests[1], answers[0], deadline)
+            report["error"] = run_tests(candidate, job["entry_point"], tests["prompt"], tests["test"])
             report["returncode"] = 0 if report["error"] is None else 1
         else:
             report["returncode"] = wait(pid, deadline)
@@ -385,10 +388,10 @@ def main():
     job = read_part()
     source = job.pop("source")
     measures, work, readable = job["measures"], os.getcwd(), job["readable"]
-    kernel = None
+    kernel: Any = None
     if not {"namespaces", "nobody", "landlock", "seccomp"}.isdisjoint(measures):
         # Only then: a program that finds ctypes loaded could call with it what the guard alone does not see.
-        import sandbox_kernel as kernel
+        import sandbox_kernel as kernel  # type: ignore[import-not-found, no-redef]
     sys.path.pop()
     sys.path += job["paths"]
     if "namespaces" in measures:

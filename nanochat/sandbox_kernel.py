@@ -246,9 +246,8 @@ def landlock(readable, work):
     attributes = struct.pack("QQQ", handled, 0b11, 0b11)[:size]  # TCP bind, connect; abstract sockets, signals
     ruleset = _syscall("landlock_create_ruleset", 444, attributes, size, 0)
     try:
-        for path, access in (
-            [(p, READ) for p in readable] + [(d, READ | WRITE) for d in DEVICES] + [(work, READ | CHANGE)]
-        ):
+        rights_of = dict.fromkeys(readable, READ) | dict.fromkeys(DEVICES, READ | WRITE) | {work: READ | CHANGE}
+        for path, access in rights_of.items():
             try:
                 fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except OSError:
