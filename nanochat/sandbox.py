@@ -189,7 +189,9 @@ def _execute(
             why = said[-1] if returncode is not None else f"nothing within {timeout + START_SECONDS:g} s"
             raise SandboxError(f"the sandbox could not start: {why}")
         # A keeper that started and gave no verdict was brought down by the program: that is no pass.
-        verdict: dict[str, Any] = json.loads(lines[1]) if len(lines) > 1 else {"returncode": 1 if returncode == 0 else returncode}
+        verdict: dict[str, Any] = (
+            json.loads(lines[1]) if len(lines) > 1 else {"returncode": 1 if returncode == 0 else returncode}
+        )
         if verdict.get("fault"):
             raise SandboxError(verdict["fault"])
         said_out, said_err = (_read_capped(outer / stream) for stream in ("stdout", "stderr"))

@@ -26,7 +26,7 @@ OPEN_FILES = 64
 OS_FUNCTIONS = (
     "_exit abort chdir chmod chown chroot execv execve fchdir fchmod fchown fork forkpty getcwd kill killpg "
     "lchflags lchmod lchown posix_spawn posix_spawnp putenv remove removedirs rename renames replace rmdir "
-    "setgid setns setpgid setsid setuid system truncate unlink unshare"
+    "pidfd_open setgid setns setpgid setsid setuid system truncate unlink unshare"
 ).split()
 SHUTIL_FUNCTIONS = ("rmtree", "move", "chown")
 BLOCKED_MODULES = "ipdb joblib resource psutil tkinter ctypes _ctypes _posixsubprocess sandbox_kernel".split()
@@ -36,10 +36,11 @@ BLOCKED_EVENTS = tuple(
         "ctypes. os.exec os.fork os.kill os.posix_spawn os.spawn os.system pty.spawn subprocess.Popen "
         "shutil.rmtree shutil.move shutil.chown os.chdir os.remove os.rename os.rmdir os.truncate os.chmod os.chown "
         "os.link os.symlink socket.__new__ socket.bind socket.connect socket.getaddrinfo socket.gethostby "
-        "gc.get_ sys.settrace sys.setprofile"
+        "gc.get_ sys.settrace sys.setprofile resource."
     ).split()
 )
 READ_EVENTS = ("os.listdir", "os.scandir")
+WRITE_EVENTS = ("os.mkdir", "os.utime")
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -73,14 +74,15 @@ def switch_off():
                 setattr(module, name, refuse(f"os.{name}"))
     for name in SHUTIL_FUNCTIONS:
         setattr(shutil, name, refuse(f"shutil.{name}"))
-    subprocess.Popen = refuse("subprocess.Popen")  # type: ignore[misc]
+    for name in ("Popen", "_fork_exec", "_posixsubprocess"):
+        setattr(subprocess, name, refuse(f"subprocess.{name}"))
     for name in ("exit", "quit", "help"):
         setattr(builtins, name, refuse(name))
     for name in BLOCKED_MODULES:
         sys.modules[name] = None  # type: ignore[assignment]
 
 
-def watch(root, readable):
+def watch(root, readable, blocked=frozenset(BLOCKED_MODULES)):
     """An audit hook: no processes, no sockets, writing only below `root`, reading only there and in `readable`.
 
     Paths are compared as text, without asking the file system: what the hook would ask with, the program could have
@@ -114,6 +116,10 @@ def watch(root, readable):
                 raise PermissionError(f"{verb} {args[0]!r} is switched off in the sandbox")
         elif event in READ_EVENTS and args[0] is not None and not allowed(args[0], [root, *readable]):
             raise PermissionError(f"{event} {args[0]!r} is switched off in the sandbox")
+        elif event in WRITE_EVENTS and not allowed(args[0], [root]):
+            raise PermissionError(f"{event} {args[0]!r} is switched off in the sandbox")
+        elif event == "import" and str.rpartition(args[0], ".")[2] in blocked:
+            raise ModuleNotFoundError(f"{args[0]} is switched off in the sandbox")
 
     sys.addaudithook(hook)
 

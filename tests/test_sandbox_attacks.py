@@ -1,19 +1,21 @@
 """Programs that attack: each is contained, the grader lives and judges the next at once, nothing is left behind.
 
 An attack prints ESCAPED when it has done its harm. It runs on every level that promises to contain it: with all that
-works on this machine; the same without the guard (what the kernel alone holds); Landlock and seccomp without
-namespaces (a container); the guard alone (any other system).
+works on this machine; the same without the guard (what the kernel alone holds); Landlock and seccomp alone (a
+container); namespaces alone; the guard alone (any other system). With nothing at all each does escape.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,8 +28,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the levels are 
 LEVELS = {
     "all": ("guard", "namespaces", "nobody", "landlock", "seccomp"),
     "kernel": ("namespaces", "nobody", "landlock", "seccomp"),
-    "container": ("guard", "landlock", "seccomp"),
-    "container kernel": ("landlock", "seccomp"),
+    "container": ("landlock", "seccomp"),
     "namespaces": ("namespaces", "nobody"),
     "guard": ("guard",),
 }
@@ -78,12 +79,13 @@ sys.setrecursionlimit(10**9)
 x = []
 for _ in range(10**6): x = [x]
 repr(x)""",
-    "crash": "import faulthandler\nfaulthandler._sigsegv()",
+    "crash": "import faulthandler\nfaulthandler._read_null()",
     "deep source": "eval('(' * 10**5 + ')' * 10**5)",
 }
 # What escapes if it works, and the levels that must hold it.
 EVERYWHERE = tuple(LEVELS)
-NOT_GUARD = ("all", "kernel", "container", "container kernel")
+NOT_GUARD = ("all", "kernel", "container")
+NOT_NAMESPACES = (*NOT_GUARD, "guard")
 BORDERS = {
     "fork bomb": (
         EVERYWHERE,
@@ -97,30 +99,43 @@ print('ESCAPED')""",
     ),
     "fork by another name": (EVERYWHERE, "import posix\nposix.forkpty()\nprint('ESCAPED')"),
     "daemon that outlives": (
-        ("all", "kernel", "container", "container kernel", "guard"),
+        ("all", "kernel", "container", "guard"),
         """
 import os, time
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
-        time.sleep(0.5)
-        print('ESCAPED')
+        time.sleep(10)  # found among the processes left
     os._exit(0)""",
     ),
-    "a program started": (NOT_GUARD, "import subprocess\nprint(subprocess.run(['/bin/echo', 'ESCAPED']))"),
-    "exec": (NOT_GUARD, "import os\nos.execv('/bin/echo', ['echo', 'ESCAPED'])"),
+    "a program started": (
+        EVERYWHERE,
+        "import subprocess\nprint(subprocess.run(['/bin/echo', 'ESCAPED'], capture_output=True).stdout)",
+    ),
+    "exec": (NOT_NAMESPACES, "import os\nos.execv('/bin/echo', ['echo', 'ESCAPED'])"),
     "_posixsubprocess": (
-        NOT_GUARD + ("guard",),
+        EVERYWHERE,
         """
 import sys
 sys.modules.pop('_posixsubprocess', None)
-import _posixsubprocess as p
-p.fork_exec([b'/bin/sh'], [b'/bin/sh'], True, (), None, None, -1, -1, -1, -1, -1, -1, 1, 2, False, False, 0,
-            None, None, None, -1, None, False)
+from multiprocessing.util import spawnv_passfds
+spawnv_passfds(b'/bin/sh', [b'sh', b'-c', b'true'], [])
+print('ESCAPED')""",
+    ),
+    "what subprocess holds": (
+        EVERYWHERE,
+        """
+import subprocess, sys
+sys.modules['_posixsubprocess'] = subprocess._posixsubprocess
+from multiprocessing.util import spawnv_passfds
+spawnv_passfds(b'/bin/sh', [b'sh', b'-c', b'true'], [])
 print('ESCAPED')""",
     ),
     "writing outside": (EVERYWHERE, "open({canary!r}, 'a').write('x')\nprint('ESCAPED')"),
-    "writing outside by ..": (EVERYWHERE, "open('../../../../../../..' + {canary!r}, 'a').write('x')\nprint('ESCAPED')"),
+    "writing outside by ..": (
+        EVERYWHERE,
+        "open('../../../../../../..' + {canary!r}, 'a').write('x')\nprint('ESCAPED')",
+    ),
     "writing outside, low level": (
         EVERYWHERE,
         "import os\nos.write(os.open({canary!r}, os.O_WRONLY), b'x')\nprint('ESCAPED')",
@@ -159,7 +174,7 @@ class Path(str):
 open(Path({canary!r}), 'a').write('x')
 print('ESCAPED')""",
     ),
-    "changing the library": (EVERYWHERE, "import os\nopen(os.__file__, 'a').write('#')\nprint('ESCAPED')"),
+    "changing the library": (EVERYWHERE, "import os\nopen(os.__file__, 'r+')\nprint('ESCAPED')"),
     "deleting": (EVERYWHERE, "import os\nos.remove({canary!r})\nprint('ESCAPED')"),
     "deleting by pathlib": (EVERYWHERE, "import pathlib\npathlib.Path({canary!r}).unlink()\nprint('ESCAPED')"),
     "deleting a tree": (
@@ -172,10 +187,10 @@ print('ESCAPED')""",
         "import os\nopen('a', 'w')\nos.replace('a', {canary!r})\nprint('ESCAPED')",
     ),
     "making a folder": (
-        ("all", "kernel", "container", "container kernel", "namespaces"),
+        EVERYWHERE,
         "import os\nos.mkdir({canary!r} + '-folder')\nprint('ESCAPED')",
     ),
-    "changing rights": (NOT_GUARD + ("guard",), "import os\nos.chmod({canary!r}, 0o777)\nprint('ESCAPED')"),
+    "changing rights": (NOT_NAMESPACES, "import os\nos.chmod({canary!r}, 0o777)\nprint('ESCAPED')"),
     "many files": (
         ("all", "kernel", "namespaces"),
         "for i in range(3000): open(str(i), 'w')\nprint('ESCAPED')",
@@ -191,7 +206,7 @@ print('ESCAPED')""",
     ),
     "reading the repository": (EVERYWHERE, "if open({repository!r}).read(): print('ESCAPED')"),
     "reading the accounts": (EVERYWHERE, "if 'root' in open('/etc/passwd').read(): print('ESCAPED')"),
-    "listing the home": (EVERYWHERE, "import os\nif os.listdir({home!r}): print('ESCAPED')"),
+    "listing the home": (EVERYWHERE, "import os\nif set(os.listdir({home!r})) - {leads!r}: print('ESCAPED')"),
     "reading the environment": (EVERYWHERE, "import os\nif 'hunter' in str(os.environ): print('ESCAPED')"),
     "reading the parents in /proc": (
         EVERYWHERE,
@@ -201,7 +216,8 @@ for pid in ({pid}, os.getppid(), 'self', 1):
     for name in ('environ', 'cmdline', 'maps', 'mem', 'fd', 'status'):
         path = '/proc/%s/%s' % (pid, name)
         try:
-            if name == 'fd' and os.listdir(path) or name != 'fd' and open(path, 'rb', buffering=0): print('ESCAPED', path)
+            (os.listdir if name == 'fd' else open)(path)
+            print('ESCAPED', path)
         except OSError: pass""",
     ),
     "TCP": (EVERYWHERE, "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)\nprint('ESCAPED')"),
@@ -210,11 +226,11 @@ for pid in ({pid}, os.getppid(), 'self', 1):
         "import _socket\n_socket.socket(2, 1).connect(('127.0.0.1', {port}))\nprint('ESCAPED')",
     ),
     "a server": (
-        NOT_GUARD + ("guard",),
+        NOT_NAMESPACES,
         "import socket\nsocket.create_server(('127.0.0.1', 0))\nprint('ESCAPED')",
     ),
     "UDP": (
-        NOT_GUARD + ("guard",),
+        NOT_NAMESPACES,
         "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
         "s.sendto(b'x', ('127.0.0.1', {port}))\nprint('ESCAPED')",
     ),
@@ -224,12 +240,12 @@ for pid in ({pid}, os.getppid(), 'self', 1):
         "import socket\nsocket.socket(socket.AF_UNIX).connect({abstract!r})\nprint('ESCAPED')",
     ),
     "signal to the parent": (
-        NOT_GUARD + ("guard",),
+        NOT_NAMESPACES,
         "import os, time\nos.kill(os.getppid(), 9)\ntime.sleep(0.2)\nprint('ESCAPED')",
     ),
     "signal to the grader": (EVERYWHERE, "import os\nos.kill({pid}, 0)\nprint('ESCAPED')"),
-    "signal to all": (NOT_GUARD + ("guard",), "import os\nos.kill(-1, 0)\nprint('ESCAPED')"),
-    "signal to the group": (NOT_GUARD + ("guard",), "import os\nos.killpg(0, 0)\nprint('ESCAPED')"),
+    "signal to all": (NOT_NAMESPACES, "import os\nos.kill(-1, 0)\nprint('ESCAPED')"),
+    "signal to the group": (NOT_NAMESPACES, "import os\nos.killpg(0, 0)\nprint('ESCAPED')"),
     "signal by a file": (
         NOT_GUARD,
         "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())\nprint('ESCAPED')",
@@ -245,7 +261,7 @@ for kind in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_CPU):
 print('ESCAPED')""",
     ),
     "ctypes": (
-        ("all", "container", "guard"),
+        ("all", "guard"),
         "import sys\nsys.modules.pop('ctypes', None)\nsys.modules.pop('_ctypes', None)\n"
         "import ctypes\nctypes.CDLL(None).getpid()\nprint('ESCAPED')",
     ),
@@ -261,14 +277,15 @@ while frame:  # the library that the sandbox itself called, where it is loaded
 if not kernel:
     import ctypes, os, platform
 call = kernel._libc.syscall
-#      socket clone fork vfork execve kill ptrace mount setsid setpgid unshare prctl bpf keyctl memfd io_uring userfaultfd
+# socket clone fork vfork execve kill ptrace mount setsid setpgid unshare prctl bpf keyctl memfd io_uring userfaultfd ..
 for n in (41, 56, 57, 58, 59, 62, 101, 165, 112, 109, 272, 157, 321, 250, 319, 425, 323,
           53, 200, 234, 155, 161, 246, 310, 311, 298, 302, 160, 435, 424, 434, 317, 105, 90, 92, 133, 86, 88, 265, 266):
     if call(n, 0, 0, 0, 0, 0) != -1: print('ESCAPED', n)
-    if call(n | 0x40000000, 0, 0, 0, 0, 0) != -1: print('ESCAPED x32', n)""",
+    if call(n | 0x40000000, 0, 0, 0, 0, 0) != -1: print('ESCAPED x32', n)
+print('tried')""",
     ),
     "the guard taken away": (
-        ("all", "container", "guard"),
+        ("all", "guard"),
         """
 import gc
 for x in gc.get_objects():
@@ -276,6 +293,15 @@ for x in gc.get_objects():
 print(open({canary!r}).read())
 print('ESCAPED')""",
     ),
+}
+# Not to be tried without the sandbox, or held without any of its measures.
+HELD_BY_LIMITS = {
+    "daemon that outlives",
+    "reading the environment",
+    "raising the limits",
+    "raw system calls",
+    "signal to the parent",
+    "the guard taken away",
 }
 CASES = [(name, level) for name, (levels, _) in BORDERS.items() for level in levels]
 
@@ -293,22 +319,30 @@ def outside(tmp_path, monkeypatch):
     canary.write_text(SECRET)
     canary.chmod(0o666)  # nothing but the sandbox forbids it
     before = canary.stat()
-    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix, socket.socket(
-        socket.AF_UNIX
-    ) as abstract:
+    n = len(Path.home().parts)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_UNIX) as unix,
+        socket.socket(socket.AF_UNIX) as abstract,
+    ):
         unix.bind(str(tmp_path / "socket"))
         abstract.bind(f"\0attack-{os.getpid()}")
         for listener in (unix, abstract):
             listener.listen()
-        yield {
+        given = {
+            "holds": True,
             "canary": str(canary),
             "repository": sandbox.__file__,
             "home": str(Path.home()),
+            "leads": {p.split("/")[n] for p in sandbox._libraries()[0] if p.startswith(f"{Path.home()}/")},
             "pid": os.getpid(),
             "port": tcp.getsockname()[1],
             "unix": str(tmp_path / "socket"),
             "abstract": f"\0attack-{os.getpid()}",
         }
+        yield given
+    if not given["holds"]:
+        return
     after = canary.stat()
     assert canary.read_text() == SECRET and (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
     assert [p.name for p in kept.iterdir()] == ["canary"]
@@ -348,7 +382,7 @@ def assert_alive() -> None:
 def test_no_program_takes_more_than_its_share(outside, monkeypatch, name, level):
     use(monkeypatch, level)
     start = time.monotonic()
-    result = execute_code(RESOURCES[name], timeout=1.0)
+    result = execute_code(RESOURCES[name], timeout=0.5)
     assert not result.success and result.error, result
     assert time.monotonic() - start < 15
     assert len(result.stdout) <= MAX_OUTPUT and len(result.stderr) <= MAX_OUTPUT
@@ -357,18 +391,32 @@ def test_no_program_takes_more_than_its_share(outside, monkeypatch, name, level)
     assert_alive()
 
 
-@pytest.mark.parametrize(("name", "level"), CASES, ids=[f"{name}-{level}" for name, level in CASES])
-def test_no_program_crosses_its_borders(outside, monkeypatch, name, level):
-    use(monkeypatch, level)
+def attack(name: str, outside: dict[str, Any]) -> str:
     code = BORDERS[name][1]
     for key, value in outside.items():
-        code = code.replace("{%s!r}" % key, repr(value)).replace("{%s}" % key, str(value))
-    result = execute_code(code, timeout=2.0)
-    if name.startswith("daemon"):
-        time.sleep(0.7)
-    assert "ESCAPED" not in result.stdout + result.stderr.replace("print('ESCAPED')", ""), result
+        code = code.replace(f"{{{key}!r}}", repr(value)).replace(f"{{{key}}}", str(value))
+    return code
+
+
+@pytest.mark.parametrize(("name", "level"), CASES, ids=[f"{name}-{level}" for name, level in CASES])
+def test_no_program_crosses_its_borders(outside, monkeypatch, name, level):
+    if name == "raw system calls" and platform.machine() != "x86_64":
+        pytest.skip("its numbers are x86-64's")
+    use(monkeypatch, level)
+    result = execute_code(attack(name, outside), timeout=2.0)
+    if name == "raw system calls":
+        assert result.stdout == "tried\n", result
+    assert "ESCAPED" not in result.stdout, result
     assert SECRET not in result.stdout + result.stderr
     assert_alive()
+
+
+@pytest.mark.parametrize("name", sorted(BORDERS.keys() - HELD_BY_LIMITS))
+def test_the_attacks_are_real_with_nothing_to_hold_them_they_escape(outside, monkeypatch, name):
+    monkeypatch.setattr(sandbox, "measures", lambda: ())
+    outside["holds"] = False
+    result = execute_code(attack(name, outside), timeout=5.0)
+    assert "ESCAPED" in result.stdout, result
 
 
 # -- passing without being right ---------------------------------------------------------------------------------------
@@ -447,7 +495,7 @@ def look():
     wanted = 'MAGIC' + '-'
     import sys
     frame = sys._getframe()
-    seen = [repr(v) for _ in range(20) if frame for v in (frame.f_locals, frame.f_globals) if (frame := frame) is not None]
+    seen = []
     while frame:
         seen += [repr(frame.f_locals), repr(frame.f_globals)]
         frame = frame.f_back
