@@ -23,6 +23,7 @@ holds against leaving early, not against code that searches the interpreter's fr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -31,16 +32,17 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, Any
 
 from nanochat.sandbox_guard import OUT_OF_MEMORY
 
 MAX_OUTPUT = 64 * 1024  # bytes of stdout, and of stderr, that are handed back
+MAX_ERROR = 500  # characters of the line that says why
 MAX_FILE = 16 << 20  # bytes of any file written, stdout among them
 START_SECONDS = 30.0  # for an interpreter to start and confine itself, on a machine that is busy
 INSIDE = "import sys; sys.path.append(sys.argv.pop()); import sandbox_guard; sandbox_guard.main()"
@@ -160,12 +162,9 @@ def _execute(
     chosen: Iterable[str],
 ) -> ExecutionResult:
     readable, packages = _libraries()
-    with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as name:
-        outer = Path(os.path.realpath(name))
-        outer.chmod(0o711)  # another user finds its working directory, and reads no name
-        for folder in ("work", "tree"):
-            (outer / folder).mkdir()
-        with (outer / "stdout").open("wb") as stdout, (outer / "stderr").open("wb") as stderr:
+    # Files without a name: no program finds the tests, the verdict or another's output by a path.
+    with _room() as outer, TemporaryFile() as request, TemporaryFile() as verdict, TemporaryFile() as errors:
+        with TemporaryFile() as stdout, TemporaryFile() as stderr:
             job: dict[str, Any] = {
                 "source": code,
                 "entry_point": entry_point,
@@ -181,21 +180,35 @@ def _execute(
                 "stderr": stderr.fileno(),
             }
             parts = [json.dumps(part) for part in ([job] if tests is None else [job, tests])]
-            (outer / "job").write_text("".join(f"{len(part):08x}{part}" for part in parts))
-            returncode = _run(outer, (stdout.fileno(), stderr.fileno()), timeout + START_SECONDS)
-        lines = (outer / "verdict").read_bytes().splitlines()
-        if not lines:
-            said = _read_capped(outer / "errors").strip().splitlines() or [f"exit code {returncode}"]
-            why = said[-1] if returncode is not None else f"nothing within {timeout + START_SECONDS:g} s"
-            raise SandboxError(f"the sandbox could not start: {why}")
-        # A keeper that started and gave no verdict was brought down by the program: that is no pass.
-        verdict: dict[str, Any] = (
-            json.loads(lines[1]) if len(lines) > 1 else {"returncode": 1 if returncode == 0 else returncode}
-        )
-        if verdict.get("fault"):
-            raise SandboxError(verdict["fault"])
-        said_out, said_err = (_read_capped(outer / stream) for stream in ("stdout", "stderr"))
-        return _result(verdict["returncode"], verdict.get("error"), timeout, said_out, said_err)
+            request.write("".join(f"{len(part):08x}{part}" for part in parts).encode())
+            request.seek(0)
+            pass_fds = (stdout.fileno(), stderr.fileno())
+            returncode = _run(outer / "work", (request, verdict, errors), pass_fds, timeout + START_SECONDS)
+            said_out, said_err, said_here = (_read_capped(f) for f in (stdout, stderr, errors))
+        verdict.seek(0)
+        lines = verdict.read().splitlines()
+    if not lines:
+        why = (said_here.strip().splitlines() or [f"exit code {returncode}"])[-1]
+        if returncode is None:
+            why = f"nothing within {timeout + START_SECONDS:g} s"
+        raise SandboxError(f"the sandbox could not start: {why}")
+    if len(lines) == 1:  # the keeper started and was brought down by the program: that is no pass
+        return _result(1 if returncode == 0 else returncode, None, timeout, said_out, said_err)
+    report = json.loads(lines[1])
+    if report["fault"]:
+        raise SandboxError(report["fault"])
+    return _result(report["returncode"], report["error"], timeout, said_out, said_err)
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[Path]:
+    """A temporary folder with the program's working directory and a place to mount its file tree on."""
+    with TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as name:
+        outer = Path(os.path.realpath(name))
+        outer.chmod(0o711)  # another user finds its working directory, and reads no name
+        for folder in ("work", "tree"):
+            (outer / folder).mkdir()
+        yield outer
 
 
 def _result(returncode: int | None, error: str | None, timeout: float, stdout: str, stderr: str) -> ExecutionResult:
@@ -205,6 +218,8 @@ def _result(returncode: int | None, error: str | None, timeout: float, stdout: s
     elif returncode != 0 and error is None:
         lines = stderr.strip().splitlines()
         error = lines[-1] if lines else f"ended with exit code {returncode}"
+    if error is not None:
+        error = (error.splitlines() or ["failed without a reason"])[0][:MAX_ERROR]
     return ExecutionResult(
         success=returncode == 0,
         stdout=stdout,
@@ -215,9 +230,12 @@ def _result(returncode: int | None, error: str | None, timeout: float, stdout: s
     )
 
 
-def _run(outer: Path, pass_fds: tuple[int, int], timeout: float) -> int | None:
-    """Start the keeper on outer/job and wait for its end: the exit code; None when the time was up."""
-    work = outer / "work"
+def _run(work: Path, streams: tuple[IO[bytes], ...], pass_fds: tuple[int, ...], timeout: float) -> int | None:
+    """Start the keeper and wait for its end: the exit code; None when the time was up.
+
+    Args:
+        streams: its stdin, stdout and stderr.
+    """
     env = {
         "PATH": os.defpath,
         "HOME": str(work),
@@ -227,28 +245,23 @@ def _run(outer: Path, pass_fds: tuple[int, int], timeout: float) -> int | None:
     }
     # -S: no .pth files of the site-packages; they cost time and may name the repository
     command = [sys.executable, "-I", "-B", "-S", "-c", INSIDE, str(Path(__file__).parent)]
-    with (
-        (outer / "job").open("rb") as job,
-        (outer / "verdict").open("wb") as verdict,
-        (outer / "errors").open("wb") as errors,
-    ):
-        (outer / "job").unlink()  # open, but without a name: it may hold tests
-        process = subprocess.Popen(
-            command,
-            stdin=job,
-            stdout=verdict,
-            stderr=errors,
-            cwd=work,
-            env=env,
-            pass_fds=pass_fds,
-            start_new_session=True,
-        )
-        try:
-            return process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            _kill_group(process)
+    stdin, stdout, stderr = streams
+    process = subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        cwd=work,
+        env=env,
+        pass_fds=pass_fds,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _kill_group(process)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -265,6 +278,6 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _read_capped(path: Path) -> str:
-    with path.open("rb") as f:
-        return f.read(MAX_OUTPUT).decode("utf-8", errors="replace")
+def _read_capped(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read(MAX_OUTPUT).decode("utf-8", errors="replace")

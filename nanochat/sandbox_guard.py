@@ -318,6 +318,10 @@ def run_tests(candidate, entry_point, prompt, test):
     return None
 
 
+def out_of_time(signum, frame):
+    raise TimeoutError
+
+
 def wait(pid, deadline):
     """The exit code of a child, minus the signal that ended it; None when the deadline came first."""
     pause = 0.0005
@@ -355,6 +359,8 @@ def keep(job, source, work):
     try:
         if job["entry_point"] is not None:
             tests = read_part()
+            signal.signal(signal.SIGALRM, out_of_time)  # an answer may keep a test busy for ever: range(answer)
+            signal.setitimer(signal.ITIMER_REAL, job["timeout"])
             candidate = Candidate(requests[1], answers[0], deadline)
             report["error"] = run_tests(candidate, job["entry_point"], tests["prompt"], tests["test"])
             report["returncode"] = 0 if report["error"] is None else 1

@@ -261,6 +261,17 @@ def test_tests_that_cannot_be_run_are_named_and_are_no_verdict(test, fault):
         check_function("def f(x): return x", "f", test)
 
 
+def test_an_answer_that_keeps_the_test_busy_ends_with_the_time():
+    test = "def check(candidate):\n    for i in range(candidate(1)): pass"
+    assert check_function("def f(x): return 10**15", "f", test, timeout=0.7).error == "timed out after 0.7 s"
+
+
+def test_a_reason_is_one_short_line():
+    result = check_function("def f(x): raise ValueError('a\\nb' + 'c' * 10**6)", "f", TEST)
+    assert result.error == "ValueError: a"
+    assert len(check_function("def f(x): raise ValueError('c' * 10**6)", "f", TEST).error) == 500
+
+
 def test_the_time_limit_holds_over_all_calls(level):
     result = check_function("def f(x):\n    while True: pass", "f", TEST, timeout=0.7)
     assert result.timeout and result.error == "timed out after 0.7 s"

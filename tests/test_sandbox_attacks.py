@@ -125,8 +125,10 @@ print('ESCAPED')""",
     "what subprocess holds": (
         EVERYWHERE,
         """
-import subprocess, sys
-sys.modules['_posixsubprocess'] = subprocess._posixsubprocess
+import subprocess, sys, types
+held = types.ModuleType('_posixsubprocess')
+held.fork_exec = getattr(subprocess, '_fork_exec', None) or subprocess._posixsubprocess.fork_exec
+sys.modules['_posixsubprocess'] = held
 from multiprocessing.util import spawnv_passfds
 spawnv_passfds(b'/bin/sh', [b'sh', b'-c', b'true'], [])
 print('ESCAPED')""",
