@@ -233,25 +233,39 @@ def serve(function, requests, answers):
 
 
 def become_program(job, source, work, requests, answers):
-    """The forked child: the last restrictions, then the program. Never returns."""
+    """The forked child: the last restrictions, then the program. Never returns.
+
+    Tells the keeper first whether all restrictions hold: null, or what failed.
+    """
     leave = os._exit
     code = 1
     try:
-        if "sandbox_kernel" in sys.modules:
-            sys.modules["sandbox_kernel"].die_with_parent()
-        limit({"RLIMIT_NPROC": 0, "RLIMIT_NOFILE": OPEN_FILES})  # no process or thread; root is not held to it
-        if "landlock" in job["measures"]:  # once more, so that the keeper is beyond the border
-            sys.modules["sandbox_kernel"].landlock(job["readable"], work)
-        if "seccomp" in job["measures"]:
-            sys.modules["sandbox_kernel"].seccomp()
-        if "guard" in job["measures"]:
-            switch_off()
-            watch(work, job["readable"])
+        try:
+            confine(job["measures"], job["readable"], work)
+        except BaseException as error:
+            write_all(answers, json.dumps(f"{type(error).__name__}: {error}") + "\n")
+            raise
+        write_all(answers, "null\n")
         code = run_program(source, job["entry_point"], requests, answers)
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         leave(code)  # without the program's own exit handlers
+
+
+def confine(measures, readable, work):
+    """What holds for the program's process alone."""
+    kernel = sys.modules.get("sandbox_kernel")
+    if kernel is not None:
+        kernel.die_with_parent()
+    limit({"RLIMIT_NPROC": 0, "RLIMIT_NOFILE": OPEN_FILES})  # no process or thread; root is not held to it
+    if "landlock" in measures:
+        kernel.landlock(readable, work)  # once more, so that the keeper is beyond the border
+    if "seccomp" in measures:
+        kernel.seccomp()
+    if "guard" in measures:
+        switch_off()
+        watch(work, readable)
 
 
 # -- the keeper -------------------------------------------------------------------------------------------------------
@@ -341,8 +355,6 @@ def keep(job, source, work):
     limit({"RLIMIT_AS": job["memory_bytes"], "RLIMIT_DATA": job["memory_bytes"]})
     limit({"RLIMIT_CPU": job["cpu_seconds"], "RLIMIT_FSIZE": job["file_bytes"], "RLIMIT_CORE": 0})
     requests, answers = os.pipe(), os.pipe()
-    write_all(verdict, '{"started": true}\n')
-    deadline = time.monotonic() + job["timeout"]
     pid = os.fork()
     if pid == 0:
         null = os.open(os.devnull, os.O_RDONLY)
@@ -354,6 +366,11 @@ def keep(job, source, work):
     os.dup2(2, 1)  # what a test prints is no verdict
     for fd in (requests[0], answers[1]):
         os.close(fd)
+    failed = json.loads(read_line(answers[0], MAX_ANSWER) or '"nothing heard"')
+    if failed is not None:
+        raise OSError(f"the program could not be confined: {failed}")
+    write_all(verdict, '{"started": true}\n')
+    deadline = time.monotonic() + job["timeout"]
     report: dict[str, Any] = {"returncode": None, "error": None, "fault": None}
     ended = False
     try:

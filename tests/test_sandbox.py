@@ -176,6 +176,14 @@ def test_a_measure_that_was_there_and_fails_now_is_an_error_of_the_sandbox_not_o
         execute_code("print(1)")
 
 
+def test_a_program_that_could_not_be_confined_is_not_run(monkeypatch):
+    monkeypatch.setattr(sandbox, "measures", lambda: ("guard",))
+    broken = "sandbox_guard.switch_off = lambda: 1 / 0; sandbox_guard.main()"
+    monkeypatch.setattr(sandbox, "INSIDE", sandbox.INSIDE.replace("sandbox_guard.main()", broken))
+    with pytest.raises(SandboxError, match="could not be confined: ZeroDivisionError: division by zero"):
+        execute_code("print(1)")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="seccomp is Linux's")
 def test_the_filter_of_system_calls_is_whole_on_both_architectures():
     from nanochat import sandbox_kernel as kernel
