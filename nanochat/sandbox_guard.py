@@ -172,8 +172,9 @@ def decode(value):
     raise ValueError("an answer in an unknown form")
 
 
-def read_line(fd, limit, deadline=None):
-    """One line from a pipe, without its end; b"" at the end of the stream.
+def read_line(fd, limit, deadline=None, at_once=65536):
+    """One line from a pipe, without its end; b"" at the end of the stream. Read byte by byte (at_once=1) it leaves
+    what comes after; else nothing may come before the line is answered.
 
     Raises:
         TimeoutError: the deadline passed. ValueError: more than `limit` bytes.
@@ -182,7 +183,7 @@ def read_line(fd, limit, deadline=None):
     while not got.endswith(b"\n"):
         if deadline is not None and not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
             raise TimeoutError
-        piece = os.read(fd, 65536)
+        piece = os.read(fd, at_once)
         if not piece:
             return b""
         got += piece
@@ -255,7 +256,7 @@ def become_program(job, source, work, requests, answers):
 
 def confine(measures, readable, work):
     """What holds for the program's process alone."""
-    kernel = sys.modules.get("sandbox_kernel")
+    kernel: Any = sys.modules.get("sandbox_kernel")
     if kernel is not None:
         kernel.die_with_parent()
     limit({"RLIMIT_NPROC": 0, "RLIMIT_NOFILE": OPEN_FILES})  # no process or thread; root is not held to it
@@ -366,7 +367,7 @@ def keep(job, source, work):
     os.dup2(2, 1)  # what a test prints is no verdict
     for fd in (requests[0], answers[1]):
         os.close(fd)
-    failed = json.loads(read_line(answers[0], MAX_ANSWER) or '"nothing heard"')
+    failed = json.loads(read_line(answers[0], MAX_ANSWER, at_once=1) or '"nothing heard"')
     if failed is not None:
         raise OSError(f"the program could not be confined: {failed}")
     write_all(verdict, '{"started": true}\n')
