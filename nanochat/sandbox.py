@@ -9,7 +9,7 @@ of files elsewhere. Where Linux allows them, each tried once per process (sandbo
   64 MB and 1,024 files in memory; no /proc, no home, no repository, no network, no other process, and none left over
 - an unprivileged user, when we are root
 - Landlock: no path but those libraries (to read) and the working directory; no TCP; no signal to anyone else
-- seccomp: about 80 system calls that compute; no process, thread, program, socket, signal, limit or mount
+- seccomp: 90 system calls that compute; no process, thread, program, socket, signal, limit or mount
 
 `isolation_level()` says which hold. What is not covered: the guard alone (another system, an old kernel) stops
 accidents and simple attacks, it is no jail, and neither does it bound the number of files; without namespaces and
