@@ -1,6 +1,6 @@
 """HumanEval: write a Python function from its docstring (Chen et al. 2021, arXiv 2107.03374).
 
-Scoring runs what the model wrote, in nanochat/sandbox.py.
+Scoring runs what the model wrote, in nanochat/sandbox.py, and the tests in another process than that.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from nanochat.sandbox import execute_code
+from nanochat.sandbox import check_function
 from tasks.common import Conversation, HubTask
 
 FENCE = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
@@ -45,9 +45,11 @@ class HumanEval(HubTask):
         return {"messages": messages, "entry_point": row["entry_point"], "test": row["test"]}
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Whether the answer, with the prompt's imports, passes the data set's tests."""
-        imports = extract_imports(conversation["messages"][0]["content"])
-        program = (
-            f"{imports}\n\n{extract_program(response)}\n\n{conversation['test']}\ncheck({conversation['entry_point']})"
-        )
-        return execute_code(program).success
+        """Whether the answer, with the prompt's imports, passes the data set's tests.
+
+        Raises:
+            SandboxError: the sandbox or the tests failed, so nothing is known about the answer.
+        """
+        prompt = conversation["messages"][0]["content"]
+        program = f"{extract_imports(prompt)}\n\n{extract_program(response)}"
+        return check_function(program, conversation["entry_point"], conversation["test"], prompt).success
