@@ -322,6 +322,7 @@ def outside(tmp_path, monkeypatch):
     canary.chmod(0o666)  # nothing but the sandbox forbids it
     before = canary.stat()
     n = len(Path.home().parts)
+    ours = children()  # of other tests
     with (
         socket.create_server(("127.0.0.1", 0)) as tcp,
         socket.socket(socket.AF_UNIX) as unix,
@@ -349,12 +350,16 @@ def outside(tmp_path, monkeypatch):
     assert canary.read_text() == SECRET and (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
     assert [p.name for p in kept.iterdir()] == ["canary"]
     assert list(room.iterdir()) == []  # no file left
-    assert left_over(str(room)) == []  # no process left
+    assert left_over(str(room), ours) == []  # no process left
 
 
-def left_over(room: str) -> list[str]:
-    """Processes with this place in their environment, as every process of the sandbox has; and our children."""
-    found = [str(p) for p in psutil.Process().children(recursive=True)]
+def children() -> set[int]:
+    return {p.pid for p in psutil.Process().children(recursive=True)}
+
+
+def left_over(room: str, ours: set[int]) -> list[str]:
+    """Processes with this place in their environment, as every process of the sandbox has; and new children."""
+    found = [str(pid) for pid in children() - ours]
     for entry in Path("/proc").glob("[0-9]*/environ"):
         try:
             if room.encode() in entry.read_bytes():
