@@ -84,15 +84,46 @@ def test_base_eval_writes_scores_to_the_report_and_the_table(base, own_text, tmp
 
 def test_a_score_on_tinyworld_is_never_reported_as_core():
     result = CoreResult("CORE tinyworld", (TaskScore("capitals", 3, 4, 0.5),))
-    scores, tasks, error = base_eval.report_items(result, 7)
+    scores, tasks, sureness, lines = base_eval.report_items(result, 7)
     assert scores == {
         "Model": "base_model (step 7)",
         "CORE metric": "not measured (tinyworld bundle)",
         "CORE tinyworld": 0.5,
     }
     assert tasks == {"capitals": 0.5}
-    assert list(error) == ["CORE tinyworld standard error"]
+    assert list(sureness) == [
+        "CORE tinyworld standard error",
+        "CORE tinyworld 95% interval",
+        "CORE tinyworld of random guesses",
+        "CORE tinyworld of one answer to all",
+    ]
+    assert sureness["CORE tinyworld 95% interval"] == "-0.3487 to 1.3487"  # 0.5 +- 1.96 * 0.433
+    assert list(lines) == ["capitals accuracy"]
     assert base_eval.format_csv(result).splitlines()[-1].startswith("CORE tinyworld  ")
+
+
+def test_a_tasks_line_has_its_counts_its_interval_and_the_controls():
+    task = TaskScore("copa", 50, 100, 0.5, guess=0.5, majority=0.55, num_cropped=3)
+    assert base_eval.describe(task) == (
+        "0.5000 (50 of 100), centered 0.0000 +- 0.1000, 95% -0.1923 to 0.1923, random guesses 0.5000, "
+        "one answer to all 0.5500, 3 longer than the context"
+    )
+
+
+def test_both_modes_write_the_same_table(base, own_text, tmp_path):
+    save_model(base, own_text)
+    bundle = write_bundle(tmp_path / "b", ["copa", "boolq"])
+    tables = []
+    for mode in ("fast", "identity"):
+        base_eval.main([f"--bundle={bundle}", f"--mode={mode}", "--device_type", "cpu"])
+        tables.append((base / "base_eval" / "base_model_000007.csv").read_text())
+    assert tables[0] == tables[1]
+    assert len(list((base / "core_requests").iterdir())) == 2
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(InputError, match="--mode quick is not known; use one of fast, identity"):
+        base_eval.BaseEvalConfig(mode="quick")
 
 
 def test_a_model_of_tinyworld_is_evaluated_on_tinyworlds_bundle(base):
