@@ -154,6 +154,35 @@ def test_base_loss_of_an_untrained_model_is_that_of_guessing_a_token(base, own_t
     assert logged["dataset"] == own_text
 
 
+def test_base_loss_of_whole_documents_names_the_text_and_its_sources(base, tmp_path):
+    folder = tmp_path / "text"
+    for name, texts in (("a.jsonl", TEXTS), ("b/c.jsonl", [t.upper() for t in TEXTS])):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    save_model(base, str(folder))
+    base_loss.main(["--exact", "--stride=4", "--max_seq_len=12", "--device_batch_size=8", "--device_type=cpu"])
+    logged = section(base, "base-model-loss")
+    documents, num_bytes = (int(part.split()[0].replace(",", "")) for part in logged["train text"].split(", "))
+    val = [int(part.split()[0].replace(",", "")) for part in logged["val text"].split(", ")]
+    assert (documents + val[0], num_bytes + val[1]) == (160, 2 * sum(map(len, TEXTS)))
+    assert float(logged["train bpb of a.jsonl"]) > 0 and float(logged["train bpb of b/c.jsonl"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stride=4"], "--stride 4 is for whole documents; add --exact"),
+        (["--exact", "--stride=17"], "--stride 17 would leave out tokens between rows of 16; try 16"),
+        (["--max_seq_len=161"], "--max_seq_len 161 is beyond the model's positions; try 160"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(base, own_text, capsys, flags, message):
+    save_model(base, own_text)
+    with pytest.raises(SystemExit) as stop:
+        base_loss.main([*flags, "--device_type=cpu"])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("tokens", "nearest"), [(1000, 1024), (700, 512), (3, 512)])
 def test_split_tokens_that_do_not_divide_name_the_nearest_that_do(tokens, nearest):
     with pytest.raises(InputError, match=rf"--split_tokens {tokens} .* 512 .*; try {nearest}$"):

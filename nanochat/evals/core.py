@@ -46,6 +46,7 @@ class TaskScore:
     num_cut: int = 0  # of these, whose answer alone is longer: only its end was scored
     num_unscored: int = 0  # the model gave no number; counted as wrong
     predictions: tuple[int, ...] = field(default=(), repr=False)
+    seconds: float = field(default=0.0, compare=False)  # of a rank
 
     @property
     def accuracy(self) -> float:
@@ -164,8 +165,7 @@ def _identity(
         t0 = time.perf_counter()
         predictions, longest, answer = all_reduce(together(answer_mine)).cpu().numpy()
         score = _judge(task, shuffled[:num_examples], predictions, longest > limit, answer >= limit)
-        _tell(task, score, time.perf_counter() - t0)
-        tasks.append(score)
+        tasks.append(_told(task, replace(score, seconds=time.perf_counter() - t0)))
     return CoreResult(bundle.metric_name, tuple(tasks))
 
 
@@ -189,8 +189,7 @@ def _fast(
         first += num_examples
         longest, answer = of_task.sizes()
         score = _judge(task, shuffled[:num_examples], predictions, longest > limit, answer >= limit)
-        _tell(task, score, seconds)
-        tasks.append(score)
+        tasks.append(_told(task, replace(score, seconds=float(seconds))))
     print0(f"CORE: {outcome.num_rescored} of {first} examples were too close to call and scored one at a time")
     return CoreResult(bundle.metric_name, tuple(tasks))
 
@@ -211,13 +210,15 @@ def _judge(
     )
 
 
-def _tell(task: CoreTask, score: TaskScore, seconds: float) -> None:
+def _told(task: CoreTask, score: TaskScore) -> TaskScore:
+    """The score, printed."""
     fields = [
         f"{task.label} ({task.num_fewshot}-shot, {task.kind})",
         f"accuracy: {score.accuracy:.4f}",
         f"centered: {score.centered:.4f} +- {score.stderr:.4f}",
         f"examples: {score.num_examples}",
-        f"time: {seconds:.2f}s",
+        f"time: {score.seconds:.2f}s",
         *score.remarks,
     ]
     print0(" | ".join(fields))
+    return score
