@@ -1,10 +1,10 @@
 """CORE: examples and tokens a second, one example at a time against batches, on the same examples in one run.
 
-    python -m bench.evals --model_tag=d4 --max_per_task=16        # a table and one JSON line; the whole bundle takes hours
+    python -m bench.evals --model_tag=d4 --max_per_task=16    # a table and one JSON line; the whole bundle takes hours
 
 The last two lines are the sums: of the examples that were run, and of all examples of the bundle if the others of a
-task take as long as those. Both ways must give the same prediction on each; where they do not it is said. The fast way's
-requests are tokenized before its time is taken, since they are kept (the column says how long that took).
+task take as long as those. Both ways must give the same prediction on each; the last column counts where they do. The
+fast way's requests are tokenized before its time is taken, since they are kept; a column says how long that took.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_prompts_beyond_the_context_are_cropped_alike(arch):
     assert sum(task.num_cropped for task in plain.tasks) > 50
 
 
-def test_what_differs_between_the_two_ways_within_rounding_is_scored_again(monkeypatch):
+def test_what_differs_between_the_two_ways_within_rounding_is_scored_again(monkeypatch, capsys):
     """A fast way that is off by up to 0.1 at random, as in a coarse dtype, changes no prediction."""
     rng = np.random.default_rng(0)
     add = core_fast.Sums.add
@@ -163,11 +163,22 @@ def test_what_differs_between_the_two_ways_within_rounding_is_scored_again(monke
 
     model = make_model("plain")
     plain = predictions(model, "identity")
+    assert predictions(model, "fast") == plain
+    told = int(capsys.readouterr().out.split("CORE: ")[-1].split()[0])
+    assert told < 60  # only what measures, and exact ties of equal options
     monkeypatch.setattr(core_fast.Sums, "add", off)
     assert predictions(model, "fast") == plain
+    assert told < int(capsys.readouterr().out.split("CORE: ")[-1].split()[0]) < 150  # of 195
     monkeypatch.setattr(core_fast, "SAFETY", 0.0)
-    monkeypatch.setattr(core_fast, "NEAREST", 1)
     assert predictions(model, "fast") != plain
+
+
+def test_the_typical_difference_is_a_tasks_own_beside_that_of_its_kind():
+    seen = np.array([[2.0, 1000, 4], [2 * 0.04, 1000 * 0.01, 4 * 9.0]])
+    choice, large, lead = core_fast.typical_difference(seen, [False, False, True])
+    common = (0.08 + 10) / 1002
+    assert choice == pytest.approx(((0.08 + 8 * common) / 10) ** 0.5)
+    assert large == pytest.approx(0.1, rel=0.01) and lead == pytest.approx(3)
 
 
 def test_a_model_of_nan_is_right_about_nothing_and_that_is_said(capsys):

@@ -33,8 +33,9 @@ MAX_CACHE_BYTES_ELSEWHERE = 256 << 20
 PREFILL_TOKENS = 256  # of each row at a time: a cache compares them with all keys up to the last of them
 MIN_SAVED_TOKENS = 32  # an example with fewer to share than this is not worth a cache
 LOGITS_AT_ONCE = 2**25  # elements
-NEAREST = 8  # examples of each task that are scored both ways to see how far the two differ
-SAFETY = 4.0  # a margin so many times the largest difference seen is not in doubt
+NEAREST = 2  # examples of each task that are scored both ways to see how far the two differ; then twice as many, ...
+PRIOR = 8.0  # examples that what is seen in all tasks of a kind counts for beside those of the task itself
+SAFETY = 6.0  # a margin so many times the typical difference (root mean square) is not in doubt
 LINE_SECONDS = 30.0
 
 
@@ -279,18 +280,23 @@ class FastRun:
         np.add.at(self.seconds, self.task_of[batch.places], (time.perf_counter() - t0) * tokens / tokens.sum())
 
     def score_again(self, places: Sequence[int]) -> np.ndarray:
-        """Score those that this rank scored the plain way, which is what then counts; (tasks,) the largest differences
-        of the two ways."""
-        spread = np.zeros(len(self.tasks))
+        """Score those that this rank scored the plain way, which is what then counts.
+
+        Returns:
+            (2, tasks): how many there were of each task, and the sum of the squared differences between the two ways.
+        """
+        found = np.zeros((2, len(self.tasks)))
         for place in places:
             if place in self.scores:
                 t0 = time.perf_counter()
                 example, task = self.example(place), self.task_of[place]
                 scores = score_example(self.model, example, self.rt.device)
-                spread[task] = np.fmax(spread[task], difference(example.kind, scores, self.scores[place]))  # not NaN
+                squared = difference(example.kind, scores, self.scores[place]) ** 2
+                if np.isfinite(squared):
+                    found[:, task] += 1, squared
                 self.scores[place] = scores
                 self.seconds[task] += time.perf_counter() - t0
-        return spread
+        return found
 
     def gather(self, of_one: Callable[[str, Sequence[Score]], float]) -> np.ndarray:
         """(E,) float64, a number of each example's kind and scores, from the rank that has them. A collective call."""
@@ -299,18 +305,19 @@ class FastRun:
             mine[place] = of_one(self.tasks[self.task_of[place]].kind, scores)
         return self.reduce(mine)
 
-    def reduce(self, mine: np.ndarray, op: str = "sum") -> np.ndarray:
+    def reduce(self, mine: np.ndarray) -> np.ndarray:
+        """The sum over ranks."""
         x = torch.from_numpy(mine)
-        return all_reduce(x.to(self.rt.device) if self.rt.device.type == "cuda" else x, op).cpu().numpy()
+        return all_reduce(x.to(self.rt.device) if self.rt.device.type == "cuda" else x).cpu().numpy()
 
 
 def evaluate(model: Any, rt: Runtime, tasks: Sequence[Requests], limit: int, device_batch_size: int) -> Outcome:
     """The predictions that core_identity.py makes.
 
-    Scores differ from its by the order of sums. How far is measured, in each task, on the examples that are closest to
-    another prediction; every example as close as SAFETY times that is scored the plain way too, and if that widens the
-    range, so are those in it. So a tie, exact or within rounding, is decided as there: the first option, the token of
-    the lower id. Batches do not depend on the number of ranks, nor does this.
+    Scores differ from its by the order of sums. How far is measured on the examples of each task that are closest to
+    another prediction, and all that are closer than SAFETY times that are scored the plain way too, the closest first,
+    while the measure grows better. So a tie, exact or within rounding, is decided as there: the first option, the token
+    of the lower id. Batches do not depend on the number of ranks, nor does this.
 
     Raises:
         RankError: it failed on some rank; on every rank.
@@ -318,14 +325,33 @@ def evaluate(model: Any, rt: Runtime, tasks: Sequence[Requests], limit: int, dev
     run = FastRun(model, rt, tasks, limit, device_batch_size)
     together(run.score_all)
     margins = run.gather(margin)
-    is_open = np.ones(len(margins), bool)  # scored one way only
-    reach = np.zeros(len(tasks))  # margins up to here are in doubt
-    for task in range(len(tasks)):
-        nearest = np.sort(margins[run.task_of == task])[:NEAREST]  # NaN last
-        reach[task] = nearest[-1]
-    while (doubtful := np.flatnonzero(is_open & ~(margins > reach[run.task_of]))).size:
+    is_open = np.isfinite(margins)  # scored one way only; what has no number has no margin, and no number the other way
+    seen, reach, most = np.zeros((2, len(tasks))), np.full(len(tasks), np.inf), NEAREST
+    while True:
+        doubtful: list[int] = []
+        for task in range(len(tasks)):
+            close = np.flatnonzero(is_open & (run.task_of == task) & (margins <= reach[task]))
+            doubtful += close[np.argsort(margins[close], kind="stable")][:most].tolist()
+        if not doubtful:
+            break
         is_open[doubtful] = False
-        spread = run.reduce(together(partial(run.score_again, doubtful.tolist())), "max")
-        reach = np.fmax(reach, SAFETY * spread)
-    predictions = run.gather(choose).astype(np.int64)
-    return Outcome(predictions, run.reduce(run.seconds) / rt.world_size, int((~is_open).sum()))
+        seen += run.reduce(together(partial(run.score_again, doubtful)))
+        reach, most = SAFETY * typical_difference(seen, [t.kind == "language_modeling" for t in tasks]), 2 * most
+    num_rescored = int(np.isfinite(margins).sum() - is_open.sum())
+    return Outcome(run.gather(choose).astype(np.int64), run.reduce(run.seconds) / rt.world_size, num_rescored)
+
+
+def typical_difference(seen: np.ndarray, has_leads: Sequence[bool]) -> np.ndarray:
+    """(tasks,) root mean square: of the task's, and of all in the same unit for the weight of PRIOR examples.
+
+    Args:
+        seen: (2, tasks): numbers of differences, and sums of their squares.
+        has_leads: whether a task's are of leads, else of losses.
+    """
+    is_lead = np.array(has_leads)
+    typical = np.zeros(len(is_lead))
+    for unit in (is_lead, ~is_lead):
+        counts, squares = seen[:, unit]
+        common = squares.sum() / max(1, counts.sum())
+        typical[unit] = np.sqrt((squares + PRIOR * common) / (counts + PRIOR))
+    return typical
