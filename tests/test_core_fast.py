@@ -120,7 +120,6 @@ def predictions(model: Any, mode: str, **kwargs: Any) -> dict[str, tuple[int, ..
 @pytest.mark.parametrize("arch", ["plain", "modern"])
 def test_batches_predict_as_one_example_at_a_time(arch, dtype, monkeypatch):
     model = make_model(arch, dtype)
-    monkeypatch.setattr(core_fast, "PREFILL_TOKENS", 16)
     plain = predictions(model, "identity")
     varied = {label for label, of_task in plain.items() if len(set(of_task)) > 1}
     assert varied >= {"greedy", "multiple_choice_0", "multiple_choice_3", "schema_0", "schema_3"}, "too easy a test"
@@ -131,8 +130,7 @@ def test_batches_predict_as_one_example_at_a_time(arch, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("arch", ["plain", "modern"])
-def test_scores_of_batches_are_those_of_single_examples_up_to_rounding(arch, monkeypatch):
-    monkeypatch.setattr(core_fast, "PREFILL_TOKENS", 16)
+def test_scores_of_batches_are_those_of_single_examples_up_to_rounding(arch):
     model, tasks = make_model(arch), a_bundle().tasks
     requests = [make_requests(t, *select_items(t.read(), None), Bytes()) for t in tasks]
     run = core_fast.FastRun(model, CPU, requests, 10_000, 32)
@@ -140,7 +138,10 @@ def test_scores_of_batches_are_those_of_single_examples_up_to_rounding(arch, mon
     assert sorted(run.scores) == list(range(sum(map(len, requests))))
     for place, scores in run.scores.items():
         for fast, slow in zip(scores, score_example(model, run.example(place), CPU.device), strict=True):
-            assert fast.loss == pytest.approx(slow.loss, abs=1e-4) and fast.lead == pytest.approx(slow.lead, abs=1e-4)
+            if np.isnan(fast.loss):
+                assert (fast.greedy, fast.lead) == (slow.greedy, pytest.approx(slow.lead, abs=1e-4))
+            else:
+                assert fast.loss == pytest.approx(slow.loss, abs=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["plain", "modern"])
@@ -158,8 +159,8 @@ def test_what_differs_between_the_two_ways_within_rounding_is_scored_again(monke
     rng = np.random.default_rng(0)
     add = core_fast.Sums.add
 
-    def off(self: Any, options: Any, losses: Any, leads: Any) -> None:
-        add(self, options, losses + rng.uniform(-0.1, 0.1), leads + rng.uniform(-0.1, 0.1))
+    def off(self: Any, option: int, values: np.ndarray) -> None:
+        add(self, option, values + rng.uniform(-0.1, 0.1))
 
     model = make_model("plain")
     plain = predictions(model, "identity")

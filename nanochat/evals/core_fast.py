@@ -30,7 +30,7 @@ MAX_TOKENS = {"cuda": 2**16}
 MAX_TOKENS_ELSEWHERE = 2**12
 MAX_CACHE_BYTES = {"cuda": 4 << 30}
 MAX_CACHE_BYTES_ELSEWHERE = 256 << 20
-PREFILL_TOKENS = 256  # of each row at a time: a cache compares them with all keys up to the last of them
+PREFILL_TOKENS = 256  # of a row at a time: a cache compares them with all keys up to the last of them
 MIN_SAVED_TOKENS = 32  # an example with fewer to share than this is not worth a cache
 LOGITS_AT_ONCE = 2**25  # elements
 NEAREST = 2  # examples of each task that are scored both ways to see how far the two differ; then twice as many, ...
@@ -93,21 +93,23 @@ def _split(example: Example, shared: int) -> Plan:
 
 
 class Sums:
-    """Losses and leads of the options of some examples, as their tokens come in."""
+    """What an example's kind is decided by, of each option, as its tokens come in: losses, or leads."""
 
-    def __init__(self, num_options: int) -> None:
-        self.loss, self.count = np.zeros(num_options), np.zeros(num_options)
-        self.lead = np.full(num_options, np.inf)
+    def __init__(self, example: Example) -> None:
+        n = len(example.prompts)
+        self.wants_lead = example.kind == "language_modeling"
+        self.total, self.count = np.zeros(n), np.zeros(n)
+        self.least = np.full(n, np.inf)
 
-    def add(self, options: np.ndarray, losses: np.ndarray, leads: np.ndarray) -> None:
-        np.add.at(self.loss, options, losses)
-        np.add.at(self.count, options, 1)
-        with np.errstate(invalid="ignore"):  # NaN is a finding, not a fault
-            np.minimum.at(self.lead, options, leads)
+    def add(self, option: int, values: np.ndarray) -> None:
+        self.total[option] += values.sum()
+        self.count[option] += len(values)
+        self.least[option] = min(self.least[option], values.min()) if not np.isnan(values).any() else np.nan
 
     def scores(self) -> list[Score]:
-        losses = self.loss / self.count
-        return [Score(x, y > 0, y) for x, y in zip(losses.tolist(), self.lead.tolist(), strict=True)]
+        if self.wants_lead:
+            return [Score(np.nan, lead > 0, lead) for lead in self.least.tolist()]
+        return [Score(loss, False, np.nan) for loss in (self.total / self.count).tolist()]
 
 
 def padded(rows: Sequence[Row], device: torch.device) -> torch.Tensor:
@@ -118,52 +120,54 @@ def padded(rows: Sequence[Row], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(ids).to(device)
 
 
-def score_spans(model: Any, x: torch.Tensor, rows: Sequence[Row], sums: Sequence[Sums], start: int = 0) -> None:
-    """Add the losses of the spans in x (B, T, C), the features of positions start.. of the rows."""
-    at: list[tuple[int, int, int]] = []  # (row, position, target)
-    owners: list[tuple[int, int, int]] = []  # (row, option, tokens)
-    stop = start + x.size(1)
-    for r, row in enumerate(rows):
-        for span in row.spans:
-            inside = range(max(span.first, start), min(span.first + len(span.targets), stop))
-            if len(inside):
-                at += [(r, position - start, int(span.targets[position - span.first])) for position in inside]
-                owners.append((r, span.option, len(inside)))
-    if not at:
+def features_at(model: Any, idx: torch.Tensor, at: torch.Tensor, cache: Any = None) -> torch.Tensor:
+    """(B, Q, C) features of the positions `at` (B, Q) of idx (B, T)."""
+    parts = idx.split(PREFILL_TOKENS, 1) if cache is not None else [idx]
+    x = torch.cat([model.features(part, cache) for part in parts], 1)  # (B, T, C)
+    return x[torch.arange(len(idx), device=idx.device)[:, None], at]
+
+
+@torch.no_grad()
+def score_rows(model: Any, rows: Sequence[Row], sums: Sequence[Sums], device: torch.device, cache: Any = None) -> None:
+    """Run rows through the model and add what the scored tokens lose."""
+    places = [sorted({span.first + i for span in row.spans for i in range(len(span.targets))}) or [0] for row in rows]
+    at = np.array([line + line[-1:] * (max(map(len, places)) - len(line)) for line in places])  # (B, Q)
+    x = features_at(model, padded(rows, device), torch.from_numpy(at).to(device), cache)  # (B, Q, C)
+    spans = [(r, span, places[r].index(span.first)) for r, row in enumerate(rows) for span in row.spans]
+    if not spans:
         return
-    at_row, at_position, target = torch.tensor(at, device=x.device).unbind(1)
-    losses, leads = [], []
+    counts = [len(span.targets) for _, span, _ in spans]
+    flat = np.concatenate(
+        [r * at.shape[1] + first + np.arange(n) for (r, _, first), n in zip(spans, counts, strict=True)]
+    )
+    target = torch.from_numpy(np.concatenate([span.targets for _, span, _ in spans])).to(device)[:, None]
+    scored = x.flatten(0, 1)[torch.from_numpy(flat).to(device)]  # (N, C)
+    wants_lead = torch.from_numpy(np.repeat([sums[r].wants_lead for r, _, _ in spans], counts)).to(device)
+    values = []
     chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    for features, wanted in zip(x[at_row, at_position].split(chunk), target[:, None].split(chunk), strict=True):
-        logits = model.logits(features)  # (N, V)
-        of_target = logits.gather(1, wanted)
-        losses.append(logits.logsumexp(1, keepdim=True) - of_target)
-        leads.append(of_target - logits.scatter(1, wanted, -torch.inf).amax(1, keepdim=True))
-    loss, lead = torch.cat([torch.cat(losses), torch.cat(leads)], 1).double().cpu().numpy().T
-    done = 0
-    for r, option, count in owners:
-        some = slice(done, done + count)
-        sums[r].add(np.full(count, option), loss[some], lead[some])
-        done += count
-
-
-def score_whole(model: Any, rows: Sequence[Row], sums: Sequence[Sums], device: torch.device) -> None:
-    score_spans(model, model.features(padded(rows, device)), rows, sums)
+    for of_chunk, wanted, is_lead in zip(
+        scored.split(chunk), target.split(chunk), wants_lead.split(chunk), strict=True
+    ):
+        logits = model.logits(of_chunk)  # (N, V)
+        of_target = logits.gather(1, wanted).squeeze(1)
+        value = logits.logsumexp(1) - of_target
+        if is_lead.any():
+            value[is_lead] = of_target[is_lead] - logits[is_lead].scatter(1, wanted[is_lead], -torch.inf).amax(1)
+        values.append(value)
+    found = torch.cat(values).double().cpu().numpy()
+    for (r, span, _), some in zip(spans, np.split(found, np.cumsum(counts)[:-1]), strict=True):
+        sums[r].add(span.option, some)
 
 
 def score_shared(model: Any, plans: Sequence[Plan], sums: Sequence[Sums], device: torch.device) -> None:
     """A batch of plans with rests: the heads, then the first rest of each, then the second."""
-    heads = [p.rows[0] for p in plans]
-    idx = padded(heads, device)
-    lengths = torch.tensor([len(head.ids) for head in heads], device=device)
-    cache = model.new_cache(len(heads), idx.size(1) + max(len(p.rests[0].ids) for p in plans))
-    for start in range(0, idx.size(1), PREFILL_TOKENS):
-        x = model.features(idx[:, start : start + PREFILL_TOKENS], cache=cache)
-        score_spans(model, x, heads, sums, start)
+    lengths = torch.tensor([len(p.rows[0].ids) for p in plans], device=device)
+    cache = model.new_cache(len(plans), int(lengths.max()) + max(len(p.rests[0].ids) for p in plans))
+    score_rows(model, [p.rows[0] for p in plans], sums, device, cache)
     nothing = Row(np.zeros(1, np.int64), [])
     for rests in zip_longest(*(p.rests for p in plans), fillvalue=nothing):
         cache.lengths = lengths  # each rest writes over the one before
-        score_spans(model, model.features(padded(rests, device), cache=cache), rests, sums)
+        score_rows(model, rests, sums, device, cache)
 
 
 @dataclass(frozen=True)
@@ -264,17 +268,16 @@ class FastRun:
                 left = (now - start) * (total - done) / done
                 print0(f"CORE: {100 * done / total:.0f}% of the tokens, {left / 60:.1f} minutes left")
 
-    @torch.no_grad()
     def score_batch(self, batch: Batch) -> None:
         t0 = time.perf_counter()
         examples = [self.example(place) for place in batch.places]
         plans, device = [plan(e) for e in examples], self.rt.device
-        sums = [Sums(len(e.prompts)) for e in examples]
+        sums = [Sums(e) for e in examples]
         if batch.shares:
             score_shared(self.model, plans, sums, device)
         else:
             rows = [(row, s) for p, s in zip(plans, sums, strict=True) for row in p.rows]
-            score_whole(self.model, [row for row, _ in rows], [s for _, s in rows], device)
+            score_rows(self.model, [row for row, _ in rows], [s for _, s in rows], device)
         self.scores |= {place: s.scores() for place, s in zip(batch.places, sums, strict=True)}
         tokens = np.array([p.num_tokens for p in plans])
         np.add.at(self.seconds, self.task_of[batch.places], (time.perf_counter() - t0) * tokens / tokens.sum())

@@ -49,7 +49,7 @@ class Example:
 
 
 class Score(NamedTuple):
-    """Of one option."""
+    """Of one option. Batches leave out, as NaN, what decides nothing for the kind."""
 
     loss: float  # mean of its scored tokens, nats
     greedy: bool  # whether each of them is the first of the most likely tokens
@@ -127,10 +127,12 @@ def right_answer(kind: str, item: Item) -> int:
 
 def choose(kind: str, scores: Sequence[Score]) -> int:
     """The prediction. Of equal losses the first is taken; UNSCORED where one is NaN."""
+    if kind == "language_modeling":
+        return UNSCORED if math.isnan(scores[0].lead) else int(scores[0].greedy)
     losses = [score.loss for score in scores]
     if any(map(math.isnan, losses)):
         return UNSCORED  # min() would take the first option
-    return int(scores[0].greedy) if kind == "language_modeling" else losses.index(min(losses))
+    return losses.index(min(losses))
 
 
 def margin(kind: str, scores: Sequence[Score]) -> float:
