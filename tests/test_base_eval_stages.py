@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from bench import evals
 from nanochat.config import InputError
 from nanochat.evals.core import CoreResult, TaskScore
 from nanochat.gpt import GPT, GPTConfig
@@ -119,6 +120,16 @@ def test_both_modes_write_the_same_table(base, own_text, tmp_path):
         tables.append((base / "base_eval" / "base_model_000007.csv").read_text())
     assert tables[0] == tables[1]
     assert len(list((base / "core_requests").iterdir())) == 2
+
+
+def test_the_benchmark_times_both_modes_on_the_same_examples(base, own_text, tmp_path, capsys):
+    save_model(base, own_text)
+    bundle = write_bundle(tmp_path / "b", ["copa", "boolq"])
+    result = evals.run(evals.EvalsConfig(bundle=bundle, max_per_task=3, dtype="float32", device="cpu", threads=1))
+    assert result["examples"] == 6 and result["different_predictions"] == 0
+    assert result["ratio"] == pytest.approx(result["identity_seconds"] / result["fast_seconds"])
+    *_, whole, empty, line = capsys.readouterr().out.splitlines()
+    assert whole.startswith("| the bundle, scaled | 12 |") and not empty and json.loads(line) == result
 
 
 def test_an_unknown_mode_is_refused():

@@ -154,7 +154,7 @@ def score_rows(model: Any, rows: Sequence[Row], sums: Sequence[Sums], device: to
         if is_lead.any():
             value[is_lead] = of_target[is_lead] - logits[is_lead].scatter(1, wanted[is_lead], -torch.inf).amax(1)
         values.append(value)
-    found = torch.cat(values).double().cpu().numpy()
+    found = torch.cat(values).cpu().double().numpy()
     for (r, span, _), some in zip(spans, np.split(found, np.cumsum(counts)[:-1]), strict=True):
         sums[r].add(span.option, some)
 
