@@ -2,23 +2,28 @@
 
     python -m scripts.base_loss --device_batch_size=4 --split_tokens=65536
     torchrun --nproc_per_node=8 -m scripts.base_loss
+    python -m scripts.base_loss --exact --stride=256       # whole documents, each token once, with context before it
 
-Reads base_checkpoints/<tag>/ and the data set that the model was trained on.
+Reads base_checkpoints/<tag>/ and the data set that the model was trained on. Rows of packed text as in training, or
+--exact: document by document, and by source.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nanochat import checkpoint, environment, runtime
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.loader import PackingLoader
-from nanochat.data.sources import Source, open_source
-from nanochat.evals.bpb import evaluate_bpb
+from nanochat.data.sources import ParquetSource, Source, open_source
+from nanochat.data.textfiles import BLOCK_DOCUMENTS, TextFiles
+from nanochat.evals.bpb import evaluate_bpb, evaluate_documents
 from nanochat.evals.samples import sample_texts
+from nanochat.gpt import GPTConfig
 from nanochat.report import get_report
 
 
@@ -29,11 +34,16 @@ class BaseLossConfig:
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
     model_step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
     device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="", new=True)
+    exact: bool = flag(False, "whole documents up to split_tokens, each token once, instead of packed rows", new=True)
+    max_seq_len: int | None = flag(None, "row length; -1 = the model's", off=-1, new=True)
+    stride: int | None = flag(None, "with --exact: tokens between windows; -1 = max_seq_len", off=-1, new=True)
 
     def __post_init__(self) -> None:
-        for name in ("device_batch_size", "split_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        for name in ("device_batch_size", "split_tokens", "max_seq_len", "stride"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1; try --{name}=1")
+        if self.stride is not None and not self.exact:
+            raise InputError(f"--stride {self.stride} is for whole documents; add --exact")
 
 
 def num_batches(split_tokens: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
@@ -52,10 +62,23 @@ def num_batches(split_tokens: int, device_batch_size: int, sequence_len: int, wo
     return split_tokens // per_pass
 
 
-def split_bpb(
+def row_length(cfg: BaseLossConfig, config: GPTConfig) -> int:
+    """
+    Raises:
+        InputError: longer than the model can see, or a stride beyond it.
+    """
+    T = cfg.max_seq_len or config.sequence_len
+    if T > config.max_positions:
+        raise InputError(f"--max_seq_len {T} is beyond the model's positions; try {config.max_positions}")
+    if cfg.stride is not None and cfg.stride > T:
+        raise InputError(f"--stride {cfg.stride} would leave out tokens between rows of {T}; try {T}")
+    return T
+
+
+def packed_bpb(
     model: Any, tokenizer: Any, rt: runtime.Runtime, source: Source, split: str, cfg: BaseLossConfig
-) -> float:
-    T = model.config.sequence_len
+) -> dict[str, Any]:
+    T = row_length(cfg, model.config)
     loader = PackingLoader(
         source,
         split,
@@ -66,28 +89,72 @@ def split_bpb(
         world_size=rt.world_size,
         device=rt.device,
     )
-    n = num_batches(cfg.split_tokens, cfg.device_batch_size, T, rt.world_size)
-    bpb = evaluate_bpb(model, itertools.islice(loader, n), tokenizer.token_bytes().to(rt.device))
-    loader.close()
-    return bpb
+    with contextlib.closing(loader):
+        n = num_batches(cfg.split_tokens, cfg.device_batch_size, T, rt.world_size)
+        return {f"{split} bpb": evaluate_bpb(model, itertools.islice(loader, n), tokenizer.token_bytes().to(rt.device))}
+
+
+def exact_bpb(
+    model: Any, tokenizer: Any, rt: runtime.Runtime, source: Source, split: str, cfg: BaseLossConfig
+) -> dict[str, Any]:
+    """The value; then what it is over, and that of each source where there are several."""
+    T = row_length(cfg, model.config)
+    found = evaluate_documents(
+        model,
+        tokenizer,
+        rt,
+        documents(source, split),
+        T,
+        cfg.stride,
+        cfg.device_batch_size,
+        cfg.split_tokens,
+    )
+    by_source = {f"{split} bpb of {name}": bpb for name, bpb in found.by_source.items()}
+    return {
+        f"{split} bpb": found.bpb,
+        f"{split} text": f"{found.num_documents:,} documents, {found.num_bytes:,} bytes",
+        **(by_source if len(by_source) > 1 else {}),
+    }
+
+
+def documents(source: Source, split: str) -> Iterator[tuple[str, str]]:
+    """(where it is from, text) of each document: the file; or the data set, where it has no files."""
+    for i in range(source.num_blocks(split)):
+        texts = source.read_block(split, i)
+        yield from zip(origins(source, split, i, len(texts)), texts, strict=True)
+
+
+def origins(source: Source, split: str, block: int, num_documents: int) -> list[str]:
+    if isinstance(source, TextFiles):
+        places = source._index[split][block * BLOCK_DOCUMENTS :][:num_documents]
+        return [source.files[f].relative_to(source.root).as_posix() for f in places[:, 0]]
+    name = source.blocks[split][block][0].name if isinstance(source, ParquetSource) else source.name
+    return [name] * num_documents
 
 
 def run(cfg: BaseLossConfig) -> dict[str, Any]:
     rt = runtime.start(cfg.device_type)
     model, tokenizer, meta = checkpoint.load_model("base", rt, cfg.model_tag, cfg.model_step)
     model.eval()
-    num_batches(cfg.split_tokens, cfg.device_batch_size, model.config.sequence_len, rt.world_size)
+    T = row_length(cfg, model.config)
+    if not cfg.exact:
+        num_batches(cfg.split_tokens, cfg.device_batch_size, T, rt.world_size)
     dataset = meta["user_config"]["dataset"]
     source = open_source(dataset, bad_shards=meta["user_config"].get("bad_shards", "stop"))
     results: dict[str, Any] = {}
+    details: dict[str, Any] = {}
     for split in ("train", "val"):
-        results[f"{split} bpb"] = split_bpb(model, tokenizer, rt, source, split, cfg)
+        found = (exact_bpb if cfg.exact else packed_bpb)(model, tokenizer, rt, source, split, cfg)
+        results[f"{split} bpb"] = found.pop(f"{split} bpb")
         environment.print0(f"{split} bpb: {results[f'{split} bpb']:.4f}")
+        for key, value in found.items():
+            environment.print0(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+        details |= found
     if rt.is_master:
         for i, text in enumerate(sample_texts(model, tokenizer)):
             results[f"sample {i}"] = text
             print(text)
-    new = {"Model": f"base_model (step {meta['step']})", "dataset": dataset}
+    new = {"Model": f"base_model (step {meta['step']})", "dataset": dataset, **details}
     get_report().log("Base model loss", [results, new, *report_config(cfg)])
     runtime.stop()
     return results

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from bench import evals
 from nanochat.config import InputError
 from nanochat.evals.core import CoreResult, TaskScore
 from nanochat.gpt import GPT, GPTConfig
@@ -84,15 +85,56 @@ def test_base_eval_writes_scores_to_the_report_and_the_table(base, own_text, tmp
 
 def test_a_score_on_tinyworld_is_never_reported_as_core():
     result = CoreResult("CORE tinyworld", (TaskScore("capitals", 3, 4, 0.5),))
-    scores, tasks, error = base_eval.report_items(result, 7)
+    scores, tasks, sureness, lines = base_eval.report_items(result, 7)
     assert scores == {
         "Model": "base_model (step 7)",
         "CORE metric": "not measured (tinyworld bundle)",
         "CORE tinyworld": 0.5,
     }
     assert tasks == {"capitals": 0.5}
-    assert list(error) == ["CORE tinyworld standard error"]
+    assert list(sureness) == [
+        "CORE tinyworld standard error",
+        "CORE tinyworld 95% interval",
+        "CORE tinyworld of random guesses",
+        "CORE tinyworld of one answer to all",
+    ]
+    assert sureness["CORE tinyworld 95% interval"] == "-0.3487 to 1.3487"  # 0.5 +- 1.96 * 0.433
+    assert list(lines) == ["capitals accuracy"]
     assert base_eval.format_csv(result).splitlines()[-1].startswith("CORE tinyworld  ")
+
+
+def test_a_tasks_line_has_its_counts_its_interval_and_the_controls():
+    task = TaskScore("copa", 50, 100, 0.5, guess=0.5, majority=0.55, num_cropped=3)
+    assert base_eval.describe(task) == (
+        "0.5000 (50 of 100), centered 0.0000 +- 0.1000, 95% -0.1923 to 0.1923, random guesses 0.5000, "
+        "one answer to all 0.5500, 3 longer than the context"
+    )
+
+
+def test_both_modes_write_the_same_table(base, own_text, tmp_path):
+    save_model(base, own_text)
+    bundle = write_bundle(tmp_path / "b", ["copa", "boolq"])
+    tables = []
+    for mode in ("fast", "identity"):
+        base_eval.main([f"--bundle={bundle}", f"--mode={mode}", "--device_type", "cpu"])
+        tables.append((base / "base_eval" / "base_model_000007.csv").read_text())
+    assert tables[0] == tables[1]
+    assert len(list((base / "core_requests").iterdir())) == 2
+
+
+def test_the_benchmark_times_both_modes_on_the_same_examples(base, own_text, tmp_path, capsys):
+    save_model(base, own_text)
+    bundle = write_bundle(tmp_path / "b", ["copa", "boolq"])
+    result = evals.run(evals.EvalsConfig(bundle=bundle, max_per_task=3, dtype="float32", device="cpu", threads=1))
+    assert result["examples"] == 6 and result["different_predictions"] == 0
+    assert result["ratio"] == pytest.approx(result["identity_seconds"] / result["fast_seconds"])
+    *_, whole, empty, line = capsys.readouterr().out.splitlines()
+    assert whole.startswith("| the bundle, scaled | 12 |") and not empty and json.loads(line) == result
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(InputError, match="--mode quick is not known; use one of fast, identity"):
+        base_eval.BaseEvalConfig(mode="quick")
 
 
 def test_a_model_of_tinyworld_is_evaluated_on_tinyworlds_bundle(base):
@@ -121,6 +163,35 @@ def test_base_loss_of_an_untrained_model_is_that_of_guessing_a_token(base, own_t
     assert logged["sample 0"].startswith("<|bos|>The capital of France is")
     assert logged["sample 6"].startswith("<|bos|>If 5*x + 3 = 13, then x is")
     assert logged["dataset"] == own_text
+
+
+def test_base_loss_of_whole_documents_names_the_text_and_its_sources(base, tmp_path):
+    folder = tmp_path / "text"
+    for name, texts in (("a.jsonl", TEXTS), ("b/c.jsonl", [t.upper() for t in TEXTS])):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    save_model(base, str(folder))
+    base_loss.main(["--exact", "--stride=4", "--max_seq_len=12", "--device_batch_size=8", "--device_type=cpu"])
+    logged = section(base, "base-model-loss")
+    documents, num_bytes = (int(part.split()[0].replace(",", "")) for part in logged["train text"].split(", "))
+    val = [int(part.split()[0].replace(",", "")) for part in logged["val text"].split(", ")]
+    assert (documents + val[0], num_bytes + val[1]) == (160, 2 * sum(map(len, TEXTS)))
+    assert float(logged["train bpb of a.jsonl"]) > 0 and float(logged["train bpb of b/c.jsonl"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stride=4"], "--stride 4 is for whole documents; add --exact"),
+        (["--exact", "--stride=17"], "--stride 17 would leave out tokens between rows of 16; try 16"),
+        (["--max_seq_len=161"], "--max_seq_len 161 is beyond the model's positions; try 160"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(base, own_text, capsys, flags, message):
+    save_model(base, own_text)
+    with pytest.raises(SystemExit) as stop:
+        base_loss.main([*flags, "--device_type=cpu"])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("tokens", "nearest"), [(1000, 1024), (700, 512), (3, 512)])

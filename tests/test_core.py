@@ -6,21 +6,31 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from nanochat.config import InputError
-from nanochat.evals import core
-from nanochat.evals.bundle import CORE_LABELS, Bundle, CoreTask, open_bundle, read_bundle, unpack_bundle
-from nanochat.evals.core import (
-    CoreResult,
+from nanochat.evals.bundle import (
+    CORE_LABELS,
+    Bundle,
+    CoreTask,
+    check_item,
+    open_bundle,
+    read_bundle,
+    unpack_bundle,
+)
+from nanochat.evals.core import CoreResult, TaskScore, evaluate_core
+from nanochat.evals.core_identity import score_example
+from nanochat.evals.core_rules import (
+    Example,
     Prompt,
-    TaskScore,
+    common_prefix,
     crop_left,
-    evaluate_core,
     fewshot_indices,
+    guess_accuracy,
+    majority_accuracy,
     render_prompts,
-    score_prompts,
     scored_spans,
 )
 from nanochat.runtime import Runtime
@@ -60,6 +70,8 @@ REFERENCE = {
 class Bytes:
     """One token a byte, and BOS."""
 
+    fingerprint = "bytes"
+
     def get_bos_token_id(self):
         return BOS
 
@@ -68,6 +80,9 @@ class Bytes:
 
     def encode(self, texts, prepend=None):
         return [([] if prepend is None else [prepend]) + list(text.encode()) for text in texts]
+
+    def encode_to_arrays(self, texts, prepend):
+        return [np.array(ids, np.int32) for ids in self.encode(texts, prepend)]
 
 
 class Alphabet:
@@ -111,6 +126,40 @@ def test_standard_errors_are_those_of_a_share_and_of_a_mean():
     half = TaskScore("t", 50, 100, 0.5)  # sqrt(.5 * .5 / 100) = .05, and the scale is 1 / (1 - .5)
     assert half.stderr == pytest.approx(0.1)
     assert CoreResult("CORE metric", (half, half)).stderr == pytest.approx(0.1 / math.sqrt(2))
+
+
+def test_a_95_percent_interval_holds_at_the_ends_too():
+    low, high = TaskScore("t", 50, 100, 0.5).interval  # Wilson's, as tables have it
+    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+    low, high = TaskScore("t", 0, 10, 0.0).interval
+    assert low == 0 and high == pytest.approx(0.2775, abs=1e-4)
+    result = CoreResult("CORE metric", (TaskScore("t", 50, 100, 0.5),))
+    assert result.interval == (pytest.approx(-0.196, abs=1e-3), pytest.approx(0.196, abs=1e-3))
+
+
+def test_controls_are_what_no_model_would_reach():
+    items = [{"query": "", "choices": ["a", "b"], "gold": 1}] * 3 + [{"query": "", "choices": list("abcd"), "gold": 0}]
+    assert guess_accuracy("multiple_choice", items) == (3 / 2 + 1 / 4) / 4
+    assert majority_accuracy("multiple_choice", items) == 3 / 4
+    free = [{"context": "", "continuation": c} for c in "aab"]
+    assert guess_accuracy("language_modeling", free) == 0
+    assert majority_accuracy("language_modeling", free) == pytest.approx(2 / 3)
+    tasks = (
+        TaskScore("x", 9, 10, 0.5, guess=0.5, majority=0.75),
+        TaskScore("y", 0, 10, 0.0, guess=0.0, majority=0.1),
+    )
+    result = CoreResult("CORE metric", tasks)
+    assert result.control("guess") == 0 and result.control("majority") == pytest.approx((0.5 + 0.1) / 2)
+
+
+def test_the_common_prefix_ends_where_the_first_of_all_differs():
+    for seed in range(200):
+        rng = random.Random(seed)
+        rows = [[rng.randrange(2) for _ in range(rng.randint(1, 6))] for _ in range(rng.randint(1, 4))]
+        expected = 0
+        while all(len(r) > expected for r in rows) and len({r[expected] for r in rows}) == 1:
+            expected += 1
+        assert common_prefix(rows) == expected
 
 
 def test_multiple_choice_prompts_differ_in_the_choice_only():
@@ -214,6 +263,19 @@ def test_a_long_prompt_loses_its_beginning_but_not_bos():
     assert crop_left(Prompt([9, 1, 2, 3], 1), 2) == Prompt([9, 3], 1)
 
 
+def test_a_prompt_and_an_answer_beyond_the_limit_are_told(capsys):
+    class Short(Alphabet):
+        config = SimpleNamespace(max_positions=8)
+
+    items = [{"context": "ab", "continuation": "c"}, {"context": "x" * 20, "continuation": "c"}]
+    items.append({"context": "a", "continuation": "bcdefghijkl"})
+    bundle = Bundle("test", (task("language_modeling", items, delimiter=""),))
+    (score,) = evaluate_core(Short(), Bytes(), CPU, bundle).tasks
+    assert (score.num_cropped, score.num_cut) == (2, 1)
+    told = capsys.readouterr().out
+    assert "2 longer than the context | 1 with an answer longer than the context" in told
+
+
 def test_no_prompt_is_longer_than_the_models_limit():
     class Short(Alphabet):
         config = SimpleNamespace(max_positions=8)
@@ -250,36 +312,23 @@ def plain_correct(kind, items, shots, delimiter):
         others = [j for j in range(len(items)) if j != i]
         chosen = [items[j] for j in random.Random(1234 + i).sample(others, shots)]
         spans = scored_spans(kind, Bytes().encode(render_prompts(t, item, chosen), prepend=BOS))
-        scores = [score_prompts(Hash(), [p], BOS, CPU.device)[0] for p in spans]
+        scores = [score_example(Hash(), Example(kind, (p,), 0), CPU.device)[0] for p in spans]
         if kind == "language_modeling":
-            correct += scores[0][1]
+            correct += scores[0].greedy
         else:
-            losses = [loss for loss, _ in scores]
+            losses = [score.loss for score in scores]
             correct += losses.index(min(losses)) == item["gold"]
     return correct
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
 @pytest.mark.parametrize("shots", [0, 3])
-def test_batches_decide_as_one_prompt_at_a_time(kind, shots, monkeypatch):
-    monkeypatch.setattr(core, "MAX_LOGITS_ELSEWHERE", 257 * 300)  # batches of several sizes
-    monkeypatch.setattr(core, "EXAMPLES_AT_ONCE", 7)
+def test_an_example_is_decided_as_one_prompt_at_a_time(kind, shots):
     items = random_items(kind, 40, seed=1)
     got = accuracy(kind, items, Hash(), shots=shots)
     assert got * 40 == pytest.approx(plain_correct(kind, items, shots, " "))
     if kind != "language_modeling":
         assert 0 < got < 1
-
-
-def test_the_ranks_share_the_examples():
-    items = random_items("multiple_choice", 20, seed=2)
-    bundle = Bundle("test", (task("multiple_choice", items, shots=2),))
-    whole = evaluate_core(Hash(), Bytes(), CPU, bundle).tasks[0].num_correct
-    parts = []
-    for rank in range(3):  # no process group: all_reduce leaves each rank its own count
-        rt = Runtime(CPU.device, CPU.dtype, rank=rank, world_size=3)
-        parts.append(evaluate_core(Hash(), Bytes(), rt, bundle).tasks[0].num_correct)
-    assert sum(parts) == whole and whole > 0
 
 
 def named_bundle(labels, name="eval_bundle"):
@@ -330,6 +379,69 @@ def test_a_missing_data_file_is_named_before_anything_runs(tmp_path):
     folder = write_bundle(tmp_path / "b")
     (folder / "eval_data" / "t.jsonl").unlink()
     with pytest.raises(InputError, match=r"task copa has no data file eval_data/t\.jsonl .* remove the task"):
+        read_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("not json", "no JSON"),
+        ("[1]", "no JSON object"),
+        ('{"context": "a"}', "no text 'continuation'"),
+        ('{"context": 5, "continuation": "a"}', "no text 'context'"),
+        ('{"context": "a", "continuation": ""}', "no text 'continuation'"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, wrong):
+    good = '{"context": "", "continuation": "c"}'
+    folder = write_bundle(tmp_path / "b", items=[good, "", line])
+    with pytest.raises(InputError, match=rf"^line 3 of eval_data/t\.jsonl \(task copa in .*\): {wrong}"):
+        read_bundle(folder).tasks[0].read()
+
+
+@pytest.mark.parametrize(
+    ("kind", "item", "wrong"),
+    [
+        ("multiple_choice", {"query": "q", "choices": ["a", "b"]}, "'gold' None"),
+        ("multiple_choice", {"query": "q", "choices": ["a", "b"], "gold": 2}, "'gold' 2 .* 0 to 1"),
+        ("multiple_choice", {"query": "q", "choices": ["a", "b"], "gold": True}, "'gold' True"),
+        ("multiple_choice", {"query": "q", "choices": ["a"], "gold": 0}, "'choices'"),
+        ("multiple_choice", {"query": "q", "choices": ["a", 1], "gold": 0}, "'choices'"),
+        ("schema", {"context_options": "ab", "continuation": "c", "gold": 0}, "'context_options'"),
+    ],
+)
+def test_an_item_that_cannot_be_scored_is_named(kind, item, wrong):
+    with pytest.raises(InputError, match=wrong):
+        check_item(kind, item)
+
+
+def test_a_task_without_items_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"eval_data/t\.jsonl \(task copa in .*\) has no line"):
+        read_bundle(write_bundle(tmp_path / "b", items=[""])).tasks[0].read()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wrong"),
+    [
+        ("core.yaml", "icl_tasks: [", "core.yaml in .* is no YAML"),
+        ("core.yaml", "tasks: []", "no list icl_tasks"),
+        ("core.yaml", "icl_tasks:\n- label: copa\n", "task 1 in core.yaml .* has no dataset_uri"),
+        ("eval_meta_data.csv", "Eval Task,Random baseline\ncopa,half\n", "baseline of copa .* 'half'"),
+        ("eval_meta_data.csv", "Eval Task,Random baseline\ncopa,100\n", "baseline of copa .* '100'"),
+        ("eval_meta_data.csv", "a,b\n1,2\n", "no columns"),
+    ],
+)
+def test_a_broken_table_of_a_bundle_is_named(tmp_path, name, text, wrong):
+    folder = write_bundle(tmp_path / "b")
+    (folder / name).write_text(text)
+    with pytest.raises(InputError, match=wrong):
+        read_bundle(folder)
+
+
+def test_a_task_of_an_unknown_type_is_refused(tmp_path):
+    folder = write_bundle(tmp_path / "b")
+    (folder / "core.yaml").write_text((folder / "core.yaml").read_text().replace("language_modeling", "essay"))
+    with pytest.raises(InputError, match=r"task copa .* has type essay; known are multiple_choice, schema"):
         read_bundle(folder)
 
 
@@ -385,8 +497,9 @@ def test_the_real_bundle_has_the_reference_runs_tasks_counts_and_baselines():
 
 
 @needs_hub
-def test_a_random_model_runs_all_tasks_of_the_real_bundle():
+def test_a_random_model_runs_all_tasks_of_the_real_bundle(tmp_path, monkeypatch):
     """Fewer examples than shots; byte tokens, so squad's ten shots are beyond the model's positions."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     gpt = pytest.importorskip("nanochat.gpt")
     torch.manual_seed(0)
     config = gpt.GPTConfig(sequence_len=64, vocab_size=257, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)

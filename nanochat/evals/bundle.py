@@ -52,6 +52,7 @@ CORE_LABELS = (
     "bigbench_language_identification",
 )
 KINDS = ("multiple_choice", "schema", "language_modeling")
+OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}  # the field of a kind's options
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,76 @@ def _reader(path: Path) -> tuple[Callable[[str], str], Callable[[str], bool]]:
     return read, lambda name: top + name in names
 
 
-def _read_items(read: Callable[[str], str], name: str) -> list[dict[str, Any]]:
+def _read_items(read: Callable[[str], str], name: str, kind: str, where: str) -> list[dict[str, Any]]:
+    items = []
     # split at \n only: the texts hold other line separators, such as U+2028
-    return [json.loads(line) for line in read(name).split("\n") if line.strip()]
+    for number, line in enumerate(read(name).split("\n"), 1):
+        if line.strip():
+            try:
+                item = json.loads(line)
+                check_item(kind, item)
+            except ValueError as error:  # an InputError is one
+                what = error if isinstance(error, InputError) else "no JSON"
+                raise InputError(f"line {number} of {name} ({where}): {what}; mend or remove it") from None
+            items.append(item)
+    if not items:
+        raise InputError(f"{name} ({where}) has no line; fetch it again or remove the task from core.yaml")
+    return items
+
+
+def check_item(kind: str, item: Any) -> None:
+    """
+    Raises:
+        InputError: the item lacks what its kind of task is scored by.
+    """
+    if not isinstance(item, dict):
+        raise InputError("no JSON object")
+    options = OPTIONS.get(kind)
+    texts = {"multiple_choice": ("query",), "schema": ("continuation",)}.get(kind, ("context", "continuation"))
+    for field in texts:
+        if not isinstance(item.get(field), str) or (field == "continuation" and not item[field]):
+            raise InputError(f"no text {field!r}")
+    if options is not None:
+        found, gold = item.get(options), item.get("gold")
+        if not isinstance(found, list) or len(found) < 2 or not all(isinstance(text, str) for text in found):
+            raise InputError(f"{options!r} is no list of two texts or more")
+        if type(gold) is not int or not 0 <= gold < len(found):
+            raise InputError(f"'gold' {gold} is no number from 0 to {len(found) - 1}")
+
+
+def _entries(text: str, path: Path) -> list[dict[str, Any]]:
+    """The tasks of core.yaml."""
+    try:
+        entries = (yaml.safe_load(text) or {}).get("icl_tasks")
+    except (yaml.YAMLError, AttributeError):
+        raise InputError(f"core.yaml in {path} is no YAML table; fetch the bundle again") from None
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"core.yaml in {path} has no list icl_tasks; fetch the bundle again")
+    for number, entry in enumerate(entries, 1):
+        for field in ("label", "dataset_uri", "icl_task_type", "num_fewshot"):
+            if not isinstance(entry, dict) or field not in entry:
+                raise InputError(f"task {number} in core.yaml of {path} has no {field}; add it or remove the task")
+    return entries
+
+
+def _baselines(text: str, path: Path) -> dict[str, float]:
+    """The accuracy of guessing, 0 to 1, by task label."""
+    rows = csv.DictReader(io.StringIO(text))
+    if not {"Eval Task", "Random baseline"} <= set(rows.fieldnames or ()):
+        raise InputError(f"eval_meta_data.csv in {path} has no columns Eval Task and Random baseline; fetch it again")
+    found = {}
+    for row in rows:
+        try:
+            percent = float(row["Random baseline"])
+        except (TypeError, ValueError):
+            percent = -1.0
+        if not 0 <= percent < 100:
+            raise InputError(
+                f"the random baseline of {row['Eval Task']} in {path}/eval_meta_data.csv is "
+                f"{row['Random baseline']!r}; give percent, 0 to below 100"
+            )
+        found[row["Eval Task"]] = percent / 100
+    return found
 
 
 def read_bundle(path: str | Path, name: str | None = None) -> Bundle:
@@ -120,10 +188,9 @@ def read_bundle(path: str | Path, name: str | None = None) -> Bundle:
     for needed in ("core.yaml", "eval_meta_data.csv"):
         if not exists(needed):
             raise InputError(f"no {needed} in {path}; give the folder or zip of an evaluation bundle")
-    rows = csv.DictReader(io.StringIO(read("eval_meta_data.csv")))
-    baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
+    baselines = _baselines(read("eval_meta_data.csv"), path)
     tasks = []
-    for entry in yaml.safe_load(read("core.yaml"))["icl_tasks"]:
+    for entry in _entries(read("core.yaml"), path):
         label, kind, file = entry["label"], entry["icl_task_type"], f"eval_data/{entry['dataset_uri']}"
         if kind not in KINDS:
             raise InputError(f"task {label} in {path} has type {kind}; known are {', '.join(KINDS)}")
@@ -134,7 +201,8 @@ def read_bundle(path: str | Path, name: str | None = None) -> Bundle:
                 f"task {label} has no data file {file} in {path}; add it or remove the task from core.yaml"
             )
         shots, delimiter = entry["num_fewshot"][0], entry.get("continuation_delimiter", " ")
-        tasks.append(CoreTask(label, kind, shots, delimiter, baselines[label], partial(_read_items, read, file)))
+        read_items = partial(_read_items, read, file, kind, f"task {label} in {path}")
+        tasks.append(CoreTask(label, kind, shots, delimiter, baselines[label], read_items))
     return Bundle(name or path.stem.removesuffix("_bundle"), tuple(tasks))
 
 
