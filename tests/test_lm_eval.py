@@ -15,7 +15,8 @@ from nanochat import checkpoint
 from nanochat.config import InputError
 from nanochat.evals import lm_eval_adapter as adapter
 from nanochat.evals.bundle import Bundle, CoreTask, read_bundle
-from nanochat.evals.core import evaluate_core, render_prompts, scored_spans
+from nanochat.evals.core import evaluate_core
+from nanochat.evals.core_rules import render_prompts, scored_spans
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
