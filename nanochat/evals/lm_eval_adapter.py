@@ -1,8 +1,8 @@
 """A second opinion: EleutherAI's lm-eval (0.4.9 or later) asks our models.
 
 `LanguageModel` answers lm-eval's three kinds of request with code of its own, none of it shared with core_rules.py, and
-needs no lm-eval itself; `as_lm()` makes it the class that lm-eval wants. `write_tasks()` puts multiple-choice tasks of an
-evaluation bundle into the files that lm-eval reads, with the prompts that core_rules.py renders.
+needs no lm-eval itself; `as_lm()` makes it the class that lm-eval wants. `write_tasks()` puts multiple-choice tasks of
+an evaluation bundle into the files that lm-eval reads, with the prompts that core_rules.py renders.
 """
 
 from __future__ import annotations
