@@ -14,12 +14,13 @@ import torch
 
 from nanochat import checkpoint
 from nanochat.checkpoint import Checkpoint
-from nanochat.config import InputError
+from nanochat.config import InputError, report_config
 from nanochat.environment import print0
 from nanochat.gpt import GPT
 from nanochat.guards import History
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import DTYPES, Runtime, all_reduce, given_dtype
+from nanochat.tokenizer import Tokenizer
 
 SMOOTHING = 0.9  # of the printed loss
 # Settings that change nothing of what is trained: a resumed run may have others without a word.
@@ -152,6 +153,18 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "python": platform.python_version()}
+
+
+def stage_facts(cfg: Any, model: GPT, tokenizer: Tokenizer, data: str, dataset: str | None) -> dict[str, Any]:
+    """What a stage's checkpoints say of what made them. data: the fingerprint of what it trains on; dataset: the name of
+    its base model's text."""
+    settings = {k: v for part in report_config(cfg) for k, v in part.items()}
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        "data": data,
+        "model_config": model.config.to_dict(),
+        "user_config": {**settings, "dataset": dataset},
+    }
 
 
 def stored(rt: Runtime, state: LoopState, cursor: Any) -> dict[str, Any]:

@@ -272,15 +272,8 @@ def build(
     check_text(cfg, source, tokenizer, rt.world_size)
     config = model_config(cfg, shape)
     model, optimizer = model_and_optimizer(cfg, config, rt)
-    user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
-    meta = {
-        "model_config": config.to_dict(),
-        "user_config": user_config,
-        "device_batch_size": cfg.device_batch_size,
-        "max_seq_len": cfg.max_seq_len,
-        "tokenizer": tokenizer.fingerprint,
-        "data": source.fingerprint(),
-    }
+    meta = resume.stage_facts(cfg, model, tokenizer, source.fingerprint(), cfg.dataset)
+    meta |= {"device_batch_size": cfg.device_batch_size, "max_seq_len": cfg.max_seq_len}
     state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
     directory = checkpoint.tag_directory("base", cfg.tag)
 
@@ -293,7 +286,7 @@ def build(
         model=model,
         optimizer=optimizer,
         loader=batches(cfg, rt, source, "train", cursor),
-        tracker=Tracker("base", cfg.run, rt, user_config),
+        tracker=Tracker("base", cfg.run, rt, meta["user_config"]),
         saver=Saver(rt, directory, model, optimizer, meta, state, cfg.save_every, cfg.keep_last),
         tokens_per_step=cfg.total_batch_size,
         schedule=schedule,

@@ -260,13 +260,7 @@ def build(cfg: ChatRLConfig, rt: runtime.Runtime, saved: Checkpoint | None) -> t
         init_lr_frac=cfg.init_lr_frac,
         muon_dtype=muon_dtype(rt),
     )
-    user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
-    meta = {
-        "tokenizer": tokenizer.fingerprint,
-        "data": fingerprint(train_task),
-        "model_config": model.config.to_dict(),
-        "user_config": {**user_config, "dataset": source["user_config"].get("dataset")},
-    }
+    meta = resume.stage_facts(cfg, model, tokenizer, fingerprint(train_task), source["user_config"].get("dataset"))
     state, _ = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
     state.outcome.setdefault(EQUAL_GROUPS, 0)
     directory = checkpoint.tag_directory("rl", source["tag"])
@@ -275,7 +269,7 @@ def build(cfg: ChatRLConfig, rt: runtime.Runtime, saved: Checkpoint | None) -> t
         optimizer=optimizer,
         train_task=train_task,
         val_task=val_task,
-        tracker=Tracker("rl", cfg.run, rt, user_config),
+        tracker=Tracker("rl", cfg.run, rt, meta["user_config"]),
         saver=Saver(rt, directory, model, optimizer, meta, state, cfg.save_every, cfg.keep_last),
         num_iterations=steps,
     )

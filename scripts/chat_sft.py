@@ -133,14 +133,7 @@ def build(
         init_lr_frac=cfg.init_lr_frac,
         muon_dtype=muon_dtype(rt),
     )
-    user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
-    user_config["dataset"] = source["user_config"].get("dataset")
-    meta = {
-        "tokenizer": tokenizer.fingerprint,
-        "data": fingerprint(train),
-        "model_config": model.config.to_dict(),
-        "user_config": user_config,
-    }
+    meta = resume.stage_facts(cfg, model, tokenizer, fingerprint(train), source["user_config"].get("dataset"))
     state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
     directory = checkpoint.tag_directory("sft", source["tag"])
     loader = PaddedConversations(train, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt, cursor, accum)
@@ -154,7 +147,7 @@ def build(
         model=model,
         optimizer=optimizer,
         loader=loader,
-        tracker=Tracker("sft", cfg.run, rt, user_config),
+        tracker=Tracker("sft", cfg.run, rt, meta["user_config"]),
         saver=Saver(rt, directory, model, optimizer, meta, state, cfg.save_every, cfg.keep_last),
         tokens_per_step=None,
         schedule=schedule,

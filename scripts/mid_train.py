@@ -99,14 +99,7 @@ def build(
         init_lr_frac=cfg.init_lr_frac,
         muon_dtype=muon_dtype(rt),
     )
-    user_config = {k: v for part in report_config(cfg) for k, v in part.items()}
-    user_config["dataset"] = source["user_config"].get("dataset")
-    meta = {
-        "tokenizer": tokenizer.fingerprint,
-        "data": fingerprint(train),
-        "model_config": model.config.to_dict(),
-        "user_config": user_config,
-    }
+    meta = resume.stage_facts(cfg, model, tokenizer, fingerprint(train), source["user_config"].get("dataset"))
     state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
     directory = checkpoint.tag_directory("mid", source["tag"])
     steps = cfg.num_iterations
@@ -126,7 +119,7 @@ def build(
         model=model,
         optimizer=optimizer,
         loader=loader,
-        tracker=Tracker("mid", cfg.run, rt, user_config),
+        tracker=Tracker("mid", cfg.run, rt, meta["user_config"]),
         saver=None if cfg.dry_run else saver,
         tokens_per_step=cfg.total_batch_size,
         schedule=schedule,

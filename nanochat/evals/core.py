@@ -28,10 +28,10 @@ from nanochat.evals.core_rules import (
     right_answer,
     select_items,
 )
+from nanochat.evals.stats import Z95, wilson
 from nanochat.runtime import Runtime, all_reduce, together
 
 MODES = ("fast", "identity")
-Z95 = 1.959964  # standard errors to each side of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,8 @@ class TaskScore:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of the accuracy (Wilson 1927): it holds for few examples and for none right, too."""
-        n, a = self.num_examples, self.accuracy
-        middle = (a + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-        half = Z95 * math.sqrt(a * (1 - a) / n + (Z95 / (2 * n)) ** 2) / (1 + Z95**2 / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+        """95% interval of the accuracy: it holds for few examples and for none right, too."""
+        return wilson(self.num_correct, self.num_examples)
 
     @property
     def remarks(self) -> list[str]:
