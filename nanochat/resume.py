@@ -156,8 +156,8 @@ def versions() -> dict[str, str]:
 
 
 def stage_facts(cfg: Any, model: GPT, tokenizer: Tokenizer, data: str, dataset: str | None) -> dict[str, Any]:
-    """What a stage's checkpoints say of what made them. data: the fingerprint of what it trains on; dataset: the name of
-    its base model's text."""
+    """What a stage's checkpoints say of what made them. data: the fingerprint of what it trains on; dataset: the name
+    of its base model's text."""
     settings = {k: v for part in report_config(cfg) for k, v in part.items()}
     return {
         "tokenizer": tokenizer.fingerprint,

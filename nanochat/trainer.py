@@ -22,8 +22,9 @@ from nanochat.config import InputError
 from nanochat.environment import print0
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
+from nanochat.ranks import RankError
 from nanochat.resume import SMOOTHING, LoopState
-from nanochat.runtime import RankError, Runtime, all_reduce, memory_advice, peak_flops, synchronize
+from nanochat.runtime import Runtime, all_reduce, memory_advice, peak_flops, synchronize
 from nanochat.saver import Saver
 from nanochat.signals import EXIT_STOPPED, StopSignals
 from nanochat.tracking import Tracker
@@ -101,7 +102,7 @@ def train_loop(
 def survive(evaluate: Evaluation, state: LoopState, rt: Runtime) -> None:
     """An evaluation that fails must not end the training: it is shown, and counted for the report.
 
-    With several ranks only what failed on all of them (`runtime.together`) can be survived: after any other error they
+    With several ranks only what failed on all of them (`ranks.together`) can be survived: after any other error they
     may wait for each other at different places.
     """
     try:

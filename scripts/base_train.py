@@ -31,6 +31,7 @@ from nanochat.fp8 import convert_to_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.plan import h100s, plan_lines, this_cpu
+from nanochat.ranks import is_same_everywhere, together
 from nanochat.report import get_report
 from nanochat.resume import LoopState
 from nanochat.saver import Saver
@@ -238,7 +239,7 @@ def open_text(cfg: BaseTrainConfig, rt: runtime.Runtime) -> Source:
         InputError: there is none, it is damaged, or the ranks do not see the same, so that their rows would differ.
     """
     source = open_source(cfg.dataset, bad_shards=cfg.bad_shards)
-    if not runtime.is_same_everywhere(source.fingerprint()):
+    if not is_same_everywhere(source.fingerprint()):
         raise InputError(
             f"--dataset {cfg.dataset} is not the same on all ranks; wait for downloads, or share the folder"
         )
@@ -363,7 +364,7 @@ def evals_of(cfg: Decided, trainer: Trainer, source: Source) -> list[Any]:
     def sample(state: LoopState) -> None:
         if state.step:
             model.eval()
-            for text in runtime.together(lambda: sample_texts(model, tokenizer) if rt.is_master else []):
+            for text in together(lambda: sample_texts(model, tokenizer) if rt.is_master else []):
                 print0(text)
 
     return [(cfg.eval_every, validate), (cfg.core_metric_every, core), (cfg.sample_every, sample)]

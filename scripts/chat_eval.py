@@ -25,6 +25,7 @@ from nanochat.evals import records
 from nanochat.evals.chat import ChatResult, chat_core, evaluate_task
 from nanochat.evals.chat_report import details, paired_line
 from nanochat.evals.records import Record
+from nanochat.ranks import together
 from nanochat.report import get_report
 from nanochat.sandbox import isolation_level
 from tasks.registry import BASELINES, EVAL_TASKS, REAL, TINYWORLD, default_tasks, eval_task
@@ -136,7 +137,7 @@ def run(cfg: ChatEvalConfig) -> dict[str, ChatResult]:
     dataset = meta.get("user_config", {}).get("dataset")
     names = parse_names(cfg.task_name) if cfg.task_name is not None else default_tasks(dataset)
     tasks = {name: eval_task(name) for name in names}  # all at once: missing data must not show after hours
-    earlier = runtime.together(lambda: earlier_records(cfg, meta["tag"], names) if rt.is_master else {})
+    earlier = together(lambda: earlier_records(cfg, meta["tag"], names) if rt.is_master else {})
     new: dict[str, Any] = {}
     if "HumanEval" in tasks:
         new["HumanEval sandbox"] = isolation_level()

@@ -26,9 +26,10 @@ from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.engine import Engine
 from nanochat.environment import print0
 from nanochat.optim import MuonAdamW, build_optimizer
+from nanochat.ranks import together
 from nanochat.report import get_report
 from nanochat.resume import LoopState
-from nanochat.runtime import all_reduce, together
+from nanochat.runtime import all_reduce
 from nanochat.saver import Saver
 from nanochat.tracking import DUMMY, Tracker
 from nanochat.trainer import accumulate, muon_dtype, optimizer_step, train_loop

@@ -24,9 +24,10 @@ from nanochat.data.conversations import PaddedConversations
 from nanochat.environment import print0
 from nanochat.evals.chat import evaluate_task
 from nanochat.optim import build_optimizer
+from nanochat.ranks import together
 from nanochat.report import get_report
 from nanochat.resume import LoopState
-from nanochat.runtime import all_reduce, together
+from nanochat.runtime import all_reduce
 from nanochat.saver import Saver
 from nanochat.tracking import DUMMY, Tracker
 from nanochat.trainer import Trainer, muon_dtype

@@ -21,14 +21,15 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import config, runtime
+from nanochat import config, ranks, runtime
 from nanochat.config import InputError, flag, run_cli
 from nanochat.data.loader import PackingLoader
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.evals.bundle import Bundle, CoreTask
 from nanochat.evals.chat import evaluate_task
 from nanochat.evals.core import evaluate_core
-from nanochat.runtime import RankError, RankInputError, Runtime, together
+from nanochat.ranks import RankError, RankInputError, together
+from nanochat.runtime import Runtime
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,7 +60,7 @@ def test_a_message_of_many_lines_becomes_one_that_is_not_endless():
 
     with pytest.raises(RankError, match=r"^RuntimeError: first second x") as caught:
         together(fail)
-    assert len(str(caught.value)) == runtime.ERROR_CHARS
+    assert len(str(caught.value)) == ranks.ERROR_CHARS
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -112,8 +113,8 @@ def test_memory_is_free_before_the_ranks_agree(no_collector, monkeypatch):
         held.append(weakref.ref(x))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    plain = runtime._ranks_where
-    monkeypatch.setattr(runtime, "_ranks_where", lambda is_true: seen.append(held[0]() is None) or plain(is_true))
+    plain = ranks._ranks_where
+    monkeypatch.setattr(ranks, "_ranks_where", lambda is_true: seen.append(held[0]() is None) or plain(is_true))
     with pytest.raises(RankError):
         together(fail)
     assert seen == [True]
@@ -320,7 +321,7 @@ import os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from nanochat import runtime
+from nanochat import ranks, runtime
 from nanochat.config import InputError, flag, run_cli
 
 @dataclass(frozen=True)

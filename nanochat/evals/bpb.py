@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanochat import runtime
+from nanochat.ranks import together
 
 # Losses are summed as integers of this many to a nat: the sum is the same in any order, so for any batches and ranks.
 # One is 6e-8 nats, below what a loss of 1 has in fp32; a sum in int64 holds 5e11 nats.
@@ -45,7 +46,7 @@ def evaluate_bpb(model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_byt
             total += _row_sums(model, inputs, targets, token_bytes).sum(0).to(total.device)
         return total
 
-    return bits_per_byte(runtime.all_reduce(runtime.together(sums)).tolist())
+    return bits_per_byte(runtime.all_reduce(together(sums)).tolist())
 
 
 def _row_sums(model: Any, inputs: Tensor, targets: Tensor, token_bytes: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ def evaluate_documents(
         return totals + [[0, 0, 0]] * (len(names) - len(totals))
 
     with torch.no_grad():
-        mine = torch.tensor(runtime.together(sums), dtype=torch.int64, device=rt.device).view(-1, 3)
+        mine = torch.tensor(together(sums), dtype=torch.int64, device=rt.device).view(-1, 3)
     found = runtime.all_reduce(mine).tolist()
     total = [sum(column) for column in zip(*found, strict=True)] or [0, 0, 0]
     by_source = {name: bits_per_byte(found[i]) for name, i in names.items()}

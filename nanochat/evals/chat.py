@@ -23,7 +23,8 @@ from nanochat.evals import records
 from nanochat.evals.records import EMPTY, GRADER_ERROR, RIGHT, WRONG, Answer, Record
 from nanochat.evals.stats import mean_and_error, pass_at_k, wilson
 from nanochat.gpt import GPT
-from nanochat.runtime import Runtime, together
+from nanochat.ranks import together
+from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 
 WHOLE_PROMPT = 1 << 30  # no cut from the right in the renderer: we cut from the left

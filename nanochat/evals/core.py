@@ -29,7 +29,8 @@ from nanochat.evals.core_rules import (
     select_items,
 )
 from nanochat.evals.stats import Z95, wilson
-from nanochat.runtime import Runtime, all_reduce, together
+from nanochat.ranks import together
+from nanochat.runtime import Runtime, all_reduce
 
 MODES = ("fast", "identity")
 

@@ -23,7 +23,8 @@ from nanochat.environment import print0
 from nanochat.evals.core_identity import score_example
 from nanochat.evals.core_requests import Requests
 from nanochat.evals.core_rules import Example, Ids, Score, choose, common_prefix, difference, margin
-from nanochat.runtime import Runtime, all_reduce, together
+from nanochat.ranks import together
+from nanochat.runtime import Runtime, all_reduce
 
 # Tokens of a forward pass. On a CPU more would leave its cache (measured: bench/evals.py); a GPU wants many.
 MAX_TOKENS = {"cuda": 2**16}
