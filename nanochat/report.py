@@ -22,6 +22,7 @@ from typing import Any
 from nanochat.config import InputError
 from nanochat.environment import base_dir, is_master
 from nanochat.report_header import format_header
+from nanochat.report_scores import format_scores
 
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 SECTIONS = (
@@ -183,7 +184,8 @@ def format_summary(header: str, sections: Mapping[str, str], ours: bool) -> str:
     if total is not None and rate:
         dollars = float(rate) * total.total_seconds() / 3600
         text += f"\nCost at ${rate}/hour: ${dollars:.2f}\n"
-    return text
+    chat = {column: slug for column, slug in COLUMNS.items() if column != "BASE"}
+    return text + format_scores({column: parse_items(sections.get(slug, "")) for column, slug in chat.items()})
 
 
 class Report:

@@ -2,12 +2,13 @@
 
     python -m scripts.chat_eval -i sft                                  # all default tasks
     python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K" -x 100       # two tasks, 100 problems each
-    python -m scripts.chat_eval -i rl -a GSM8K --against=sft            # and what changed, problem by problem
+    python -m scripts.chat_eval -i rl -a GSM8K --against=mid            # compare with mid, not with the stage before
     torchrun --nproc_per_node=8 -m scripts.chat_eval -- -i sft
 
 Reads {base,mid,chatsft,chatrl}_checkpoints/<tag>/; writes every prompt, answer and verdict to
-chat_eval/<source>_<tag>_<step>/<task>.jsonl. A model trained on tinyworld gets tinyworld's own tasks, and their mean
-is never called ChatCORE metric.
+chat_eval/<source>_<tag>_<step>_<weights>/<task>.jsonl, where the next stage's evaluation finds them and says whether
+what changed is more than chance. A model trained on tinyworld gets tinyworld's own tasks, and their mean is never
+called ChatCORE metric.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from nanochat.config import REQUIRED, InputError, flag, report_config, run_cli
 from nanochat.environment import base_dir, print0
 from nanochat.evals import records
 from nanochat.evals.chat import ChatResult, chat_core, evaluate_task
-from nanochat.evals.chat_report import details, paired_line
-from nanochat.evals.records import Record
+from nanochat.evals.chat_report import details, paired_line, score_line
 from nanochat.ranks import together
 from nanochat.report import get_report
 from nanochat.sandbox import isolation_level
 from tasks.registry import BASELINES, EVAL_TASKS, REAL, TINYWORLD, default_tasks, eval_task
 
 STAGES = tuple(checkpoint.DIRECTORIES)
+STAGE_BEFORE = {"sft": "mid", "rl": "sft"}  # where the checkpoint does not name another
+NO_RECORD = "no record of the stage before"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,11 @@ class ChatEvalConfig:
     max_problems: int | None = flag(None, "only the first problems of each task", off="None", short="-x")
     device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="")
     against: str | None = flag(
-        None, "stage whose answers to the same problems to compare with", off="None", choices=STAGES, new=True
+        None,
+        "stage whose answers to the same problems to compare with; None = the stage before",
+        off="None",
+        choices=STAGES,
+        new=True,
     )
     show: int = flag(0, "print so many solved and so many unsolved problems of each task", new=True)
 
@@ -101,29 +107,45 @@ def report_items(results: Mapping[str, ChatResult]) -> list[dict[str, Any]]:
     return [scores, new]
 
 
-def record_path(cfg: ChatEvalConfig, source: str, tag: str, step: int, task: str) -> Path:
-    """Where the records of a task go. What was sampled otherwise, or cut, does not overwrite a whole run."""
+def record_path(cfg: ChatEvalConfig, source: str, manifest: Mapping[str, Any], tag: str, task: str) -> Path:
+    """Where the records of a task go. What was sampled otherwise, or cut, does not overwrite a whole run, and other
+    weights have another folder: nobody is compared with a model that is no longer there."""
+    weights = manifest["files"]["model.safetensors"]["sha256"][:8]
     settings = "" if cfg.temperature == 0 else f".t{cfg.temperature:g}.n{cfg.num_samples}"
     settings += "" if cfg.max_problems is None else f".first{cfg.max_problems}"
-    return base_dir() / "chat_eval" / f"{source}_{tag}_{step:06d}" / f"{task}{settings}.jsonl"
+    return base_dir() / "chat_eval" / f"{source}_{tag}_{manifest['step']:06d}_{weights}" / f"{task}{settings}.jsonl"
 
 
-def earlier_records(cfg: ChatEvalConfig, tag: str, tasks: Sequence[str]) -> dict[str, list[Record]]:
-    """The records of the last step of the stage that --against names, for each task.
+def other_stage(cfg: ChatEvalConfig, meta: Mapping[str, Any]) -> str | None:
+    """The stage to compare with: the given one, else the one that the model started from."""
+    started_from = meta.get("user_config", {}).get("source")
+    if started_from not in STAGES or started_from == cfg.source:
+        started_from = STAGE_BEFORE.get(cfg.source)
+    return cfg.against or started_from
+
+
+def earlier_path(cfg: ChatEvalConfig, stage: str, tag: str, task: str) -> Path:
+    """The records of a task by the last checkpoint of another stage: of as many problems, else of all.
 
     Raises:
-        InputError: some are missing or damaged.
+        InputError: there is no such checkpoint.
     """
-    if cfg.against is None:
-        return {}
-    step = checkpoint.steps(checkpoint.tag_directory(cfg.against, tag))[-1:] or [0]
-    return {task: records.read(record_path(cfg, cfg.against, tag, step[0], task)) for task in tasks}
+    manifest = checkpoint.read_manifest(checkpoint.find(stage, tag))
+    same = record_path(cfg, stage, manifest, tag, task)
+    whole = record_path(dataclasses.replace(cfg, max_problems=None), stage, manifest, tag, task)
+    return whole if whole.exists() and not same.exists() else same
 
 
-def change(earlier: list[Record], path: Path, against: str) -> str:
+def change(cfg: ChatEvalConfig, stage: str, tag: str, task: str, path: Path) -> str:
     """What the report says of another stage's answers to the same problems."""
     try:
-        return paired_line(records.compare(earlier, records.read(path)), against)
+        earlier = earlier_path(cfg, stage, tag, task)
+    except InputError:
+        return NO_RECORD
+    if not earlier.exists():
+        return NO_RECORD
+    try:
+        return paired_line(records.compare(records.read(earlier), records.read(path)), stage)
     except InputError as error:  # other data than then: no reason to lose the evaluation that has just been made
         return f"not compared: {error}"
 
@@ -137,7 +159,9 @@ def run(cfg: ChatEvalConfig) -> dict[str, ChatResult]:
     dataset = meta.get("user_config", {}).get("dataset")
     names = parse_names(cfg.task_name) if cfg.task_name is not None else default_tasks(dataset)
     tasks = {name: eval_task(name) for name in names}  # all at once: missing data must not show after hours
-    earlier = together(lambda: earlier_records(cfg, meta["tag"], names) if rt.is_master else {})
+    tag, stage = meta["tag"], other_stage(cfg, meta)
+    if cfg.against is not None:  # asked for: what is missing must not show after hours either
+        together(lambda: [records.read(earlier_path(cfg, str(stage), tag, n)) for n in names] if rt.is_master else [])
     new: dict[str, Any] = {}
     if "HumanEval" in tasks:
         new["HumanEval sandbox"] = isolation_level()
@@ -146,7 +170,7 @@ def run(cfg: ChatEvalConfig) -> dict[str, ChatResult]:
         print0(f"--num_samples {cfg.num_samples} at --temperature 0 are copies of one answer; try --temperature=0.8")
     results, changes = {}, {}
     for name, task in tasks.items():
-        path = record_path(cfg, cfg.source, meta["tag"], meta["step"], name)
+        path = record_path(cfg, cfg.source, meta, tag, name)
         result = evaluate_task(
             task,
             model,
@@ -164,6 +188,7 @@ def run(cfg: ChatEvalConfig) -> dict[str, ChatResult]:
         results[name] = result
         print0(f"Final: {result.num_passed}/{result.total} ({100 * result.accuracy:.2f}%)")
         print0(f"{name} accuracy: {100 * result.accuracy:.2f}%")
+        print0(f"{name} {score_line(result, BASELINES.get(name, 0.0))}")
         if result.num_lenient is not None:
             print0(f"{name} same number, other spelling too: {100 * result.num_lenient / result.total:.2f}%")
         if result.num_grader_errors:
@@ -171,9 +196,9 @@ def run(cfg: ChatEvalConfig) -> dict[str, ChatResult]:
         print0(f"{name} answers: {path}")
         if rt.is_master and cfg.show:
             print0(records.show(records.read(path), cfg.show))
-        if name in earlier:
-            key = f"{name} against {cfg.against}"
-            changes[key] = change(earlier[name], path, str(cfg.against))
+        if rt.is_master and stage is not None:
+            key = f"{name} against {stage}"
+            changes[key] = change(cfg, stage, tag, name, path)
             print0(f"{key}: {changes[key]}")
     old, settings = report_config(cfg)
     old["dtype"] = str(rt.dtype).removeprefix("torch.")

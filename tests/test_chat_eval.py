@@ -295,6 +295,25 @@ def test_always_the_same_letter_shows_beside_the_controls(model, tokenizer, monk
     assert dict(result.subjects) == {"s0": (0, 2), "s1": (1, 1)}
 
 
+@pytest.mark.parametrize(
+    ("passed", "controls", "words"),
+    [
+        (70, {"majority": 70 / 254, "commonest": "A"}, "no: no better than always answering A (0.2756)"),
+        (80, {"majority": 70 / 254, "commonest": "A"}, "no: not shown to be better than always answering A (0.2756)"),
+        (90, {"majority": 70 / 254, "commonest": "A"}, "yes"),
+        (40, {"majority": 0.1, "random": 0.2}, "no: no better than guessing (0.2000)"),
+        (
+            0,
+            {"majority": 0.01, "commonest": "x" * 40},
+            "no: no better than always giving the commonest answer (0.0100)",
+        ),
+        (0, {"majority": 0.01, "commonest": "18"}, "no: no better than always answering 18 (0.0100)"),
+    ],
+)
+def test_a_score_is_better_than_guessing_when_its_interval_lies_above_both_controls(passed, controls, words):
+    assert chat_report.better_than_guessing(ChatResult(passed, 254, **controls), 0.0) == words
+
+
 def test_the_letters_of_real_tasks_are_those_that_their_rules_read(base, model, tokenizer, monkeypatch):
     script_engine(monkeypatch, ["9 = 9\nAnswer: A", "the answer is (B).", "A man, a plan"])
     result = evaluate_task(eval_task("AQUA"), model, tokenizer, RT)
@@ -448,6 +467,20 @@ def test_the_paired_test_counts_the_coin_tosses_at_least_as_uneven(first, second
     assert Paired(5, first, second, 7).p_value == pytest.approx(len(extreme) / len(tosses))
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [
+        (0, 6, "real (p = 0.0312)"),
+        (6, 0, "worse (p = 0.0312)"),
+        (0, 5, "not shown (p = 0.0625)"),
+        (0, 0, "not shown (p = 1.0000)"),
+        (0, 20, "real (p < 0.0001)"),
+    ],
+)
+def test_a_gain_is_real_when_chance_gives_it_in_less_than_one_of_twenty_cases(first, second, verdict):
+    assert Paired(5, first, second, 7).verdict == verdict
+
+
 def test_the_interval_of_a_paired_difference_is_bonett_and_prices():
     # 100 problems, 5 only before, 15 only now: (16 - 6) / 102, +- 1.96 sqrt((22/102 - (10/102)^2) / 102)
     low, high = Paired(40, 5, 15, 40).interval
@@ -555,10 +588,12 @@ def test_the_stage_writes_the_references_keys_first_and_prints_each_accuracy(bas
     save_model(tokenizer)
     chat_eval.main("-i sft -a AQUA|SpellingBee -x 2 -m 4 -d float32 --device-type cpu".split())
     out = capsys.readouterr().out
-    assert "Final: 0/2 (0.00%)\nAQUA accuracy: 0.00%\n" in out
     assert (
-        "Final: 0/2 (0.00%)\nSpellingBee accuracy: 0.00%\nSpellingBee same number, other spelling too: 0.00%\n" in out
-    )
+        "Final: 0/2 (0.00%)\nAQUA accuracy: 0.00%\nAQUA 95% interval 0.00% to 65.76%, always answering B 100.00%, "
+        "random 50.00%: no better than always answering B (1.0000)\n"
+    ) in out
+    assert "Final: 0/2 (0.00%)\nSpellingBee accuracy: 0.00%\nSpellingBee 95% interval 0.00% to 65.76%, " in out
+    assert "\nSpellingBee same number, other spelling too: 0.00%\n" in out
     lines = (base / "report" / "chat-evaluation-sft.md").read_text().splitlines()
     assert lines[0] == "## Chat evaluation sft"
     assert lines[3:17] == [
@@ -593,7 +628,7 @@ def test_the_stage_keeps_every_answer_and_a_part_does_not_replace_the_whole(base
     save_model(tokenizer)
     for more in ("", "-x 2", "-t 0.7 -n 2 --show 1"):
         chat_eval.main(f"-i sft -a AQUA -m 4 --device-type cpu {more}".split())
-    folder = base / "chat_eval" / "sft_d2_000007"
+    (folder,) = (base / "chat_eval").glob("sft_d2_000007_*")
     sizes = {p.name: len(records.read(p)) for p in folder.iterdir()}
     assert sizes == {"AQUA.jsonl": 3, "AQUA.first2.jsonl": 2, "AQUA.t0.7.n2.jsonl": 3}
     assert "Answer: <letter>" in records.read(folder / "AQUA.jsonl")[0].prompt
@@ -605,24 +640,68 @@ def test_the_stage_keeps_every_answer_and_a_part_does_not_replace_the_whole(base
     )
 
 
-def test_against_another_stage_says_what_changed_on_the_same_problems(base, tokenizer, capsys):
+AQUA_ON_CPU = "-a AQUA -m 4 --device-type cpu".split()
+AQUA_LOST_ONE = "1 -> 0 of 3; 0 only now, 1 only in mid; difference -0.8559 to +0.4559; not shown (p = 1.0000)"
+
+
+def evaluate_mid(base: Path, tokenizer: Tokenizer) -> Path:
+    """Two stages, the first evaluated, as if it had solved problem 0. Returns its records."""
     save_model(tokenizer, stage="mid")
     save_model(tokenizer)
-    argv = "-a AQUA -m 4 --device-type cpu".split()
-    with pytest.raises(SystemExit):
-        chat_eval.main(["-i", "sft", "--against=mid", *argv])
-    assert "no answers to read at" in capsys.readouterr().err
-    chat_eval.main(["-i", "mid", *argv])
-    path = base / "chat_eval" / "mid_d2_000007" / "AQUA.jsonl"
+    chat_eval.main(["-i", "mid", *AQUA_ON_CPU])
+    (path,) = (base / "chat_eval").glob("mid_d2_000007_*/AQUA.jsonl")
     first, *others = records.read(path)
     records.write(path, [replace(first, passed=True), *others])
-    chat_eval.main(["-i", "sft", "--against=mid", *argv])
-    line = "AQUA against mid: 1 -> 0 of 3; 0 only now, 1 only in mid; difference -0.8559 to +0.4559, p = 1.0000"
-    assert line in capsys.readouterr().out
-    assert f"- {line}\n" in (base / "report" / "chat-evaluation-sft.md").read_text()
+    return path
+
+
+def test_each_stage_is_compared_with_the_stage_before_problem_by_problem(base, tokenizer, capsys):
+    evaluate_mid(base, tokenizer)
+    assert "against" not in capsys.readouterr().out  # there is no stage before mid
+    chat_eval.main(["-i", "sft", *AQUA_ON_CPU])
+    assert f"AQUA against mid: {AQUA_LOST_ONE}\n" in capsys.readouterr().out
+    assert f"- AQUA against mid: {AQUA_LOST_ONE}\n" in (base / "report" / "chat-evaluation-sft.md").read_text()
+    chat_eval.main(["-i", "sft", "-x", "2", *AQUA_ON_CPU])  # only some of the problems that mid was asked
+    assert "AQUA against mid: 1 -> 0 of 2;" in capsys.readouterr().out
+
+
+def test_without_records_of_the_stage_before_the_report_says_so(base, tokenizer, capsys):
+    path = evaluate_mid(base, tokenizer)
+    save_model(tokenizer, stage="rl", source="mid")
+    chat_eval.main(["-i", "rl", *AQUA_ON_CPU])  # the stage before is the one that it was trained from
+    assert f"AQUA against mid: {AQUA_LOST_ONE}\n" in capsys.readouterr().out
+    save_model(tokenizer, stage="rl")
+    chat_eval.main(["-i", "rl", *AQUA_ON_CPU])
+    assert "AQUA against sft: no record of the stage before\n" in capsys.readouterr().out
+    path.write_text("{")
+    chat_eval.main(["-i", "sft", *AQUA_ON_CPU])
+    assert "AQUA against mid: not compared: " in capsys.readouterr().out
+
+
+def test_records_of_a_model_that_was_trained_anew_are_not_the_stage_befores(base, tokenizer, capsys):
+    evaluate_mid(base, tokenizer)
+    model = tiny_model(tokenizer, sequence_len=512)
+    with torch.no_grad():
+        model.lm_head.weight[0] += 1
+    meta = {"model_config": model.config.to_dict(), "tokenizer": tokenizer.fingerprint}
+    save_checkpoint(checkpoint.tag_directory("mid", "d2"), 7, model, None, meta)
+    chat_eval.main(["-i", "sft", *AQUA_ON_CPU])
+    assert "AQUA against mid: no record of the stage before\n" in capsys.readouterr().out
+
+
+def test_against_names_another_stage_whose_records_must_be_there(base, tokenizer, capsys):
+    path = evaluate_mid(base, tokenizer)
+    save_model(tokenizer, stage="rl")
+    chat_eval.main(["-i", "rl", "--against=mid", *AQUA_ON_CPU])
+    assert f"AQUA against mid: {AQUA_LOST_ONE}\n" in capsys.readouterr().out
+    first, *others = records.read(path)
     records.write(path, [replace(first, id="another"), *others])  # the data are not what they were
-    chat_eval.main(["-i", "sft", "--against=mid", *argv])
+    chat_eval.main(["-i", "rl", "--against=mid", *AQUA_ON_CPU])
     assert "AQUA against mid: not compared: problem 0 of AQUA is another" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        chat_eval.main(["-i", "rl", "--against=sft", *AQUA_ON_CPU])
+    out, error = capsys.readouterr()
+    assert "no answers to read at" in error and "accuracy" not in out
 
 
 def test_the_report_says_what_keeps_the_models_code_in(base, tokenizer, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 
 from nanochat import curves, report, report_header
 from nanochat.config import InputError
+from nanochat.evals import stats
 from nanochat.report import Report, format_section, get_report, parse_items, summary_rows
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "report.md"
@@ -354,6 +355,60 @@ def test_a_run_on_rented_gpus_says_what_it_cost(tmp_path):
     (tmp_path / "header.md").write_text(HEADER.replace("### Bloat", "- Hourly Rate: $24.00/hour\n\n### Bloat"))
     (tmp_path / "run.json").write_text("{}")
     assert "\nCost at $24.00/hour: $36.00\n" in r.generate().read_text()
+
+
+def chat_scores(task, passed, total, controls=("0.2000", "0.2756"), **more):
+    """Items as chat_eval logs them."""
+    low, high = stats.wilson(passed, total)
+    return {
+        task: passed / total,
+        f"{task} 95% interval": f"{low:.4f} to {high:.4f} ({passed} of {total})",
+        f"{task} better than guessing": more.pop("better", "yes"),
+        f"{task} random guess": controls[0],
+        f"{task} always the commonest letter": controls[1],
+        **{f"{task} {key.replace('_', ' ')}": value for key, value in more.items()},
+    }
+
+
+def test_our_own_runs_say_which_gains_are_real_and_which_scores_are_near_chance(tmp_path):
+    r = logged_run(tmp_path, [])
+    mid = chat_scores("TinySums", 40, 200) | chat_scores("TinyMC", 50, 200)
+    gains = {
+        "TinySums": "40 -> 180 of 200; 140 only now, 0 only in mid; difference +0.6 to +0.8; real (p < 0.0001)",
+        "TinyMC": "not compared: their data differ; evaluate both again",
+    }
+    sft = chat_scores("TinySums", 180, 200, against_mid=gains["TinySums"])
+    sft |= chat_scores("TinyMC", 60, 200, against_mid=gains["TinyMC"])
+    rl = chat_scores(
+        "AQUA",
+        69,
+        254,
+        better="no: no better than always answering A (0.2756)",
+        against_sft="no record of the stage before",
+    )
+    for stage, items in (("mid", mid), ("sft", sft), ("rl", rl)):
+        r.log(f"Chat evaluation {stage}", [items])
+    assert "gains are real" not in r.generate().read_text()  # another run's header: its form
+    (tmp_path / "run.json").write_text("{}")
+    text = r.generate().read_text()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert table[-5:] == [
+        ["Task", "Random", "Majority", "MID", "SFT", "SFT's gain", "RL", "RL's gain"],
+        ["---"] * 8,
+        ["AQUA", "0.2000", "0.2756", "-", "-", "-", "0.2717 ± 0.0544", "no record of the stage before"],
+        ["TinyMC", "0.2000", "0.2756", "0.2500 ± 0.0596", "0.3000 ± 0.0630", "not compared", "-", "-"],
+        ["TinySums", "0.2000", "0.2756", "0.2000 ± 0.0551", "0.9000 ± 0.0416", "real (p < 0.0001)", "-", "-"],
+    ]
+    assert "\n- AQUA after RL: 0.2717 is no better than always answering A (0.2756)\n" in text
+    assert text.count("Near chance or below it") == 1 and "TinyMC after" not in text
+
+
+def test_one_evaluation_has_a_table_without_gains(tmp_path):
+    r = logged_run(tmp_path, [])
+    (tmp_path / "run.json").write_text("{}")
+    r.log("Chat evaluation sft", [chat_scores("AQUA", 69, 254)])
+    text = r.generate().read_text()
+    assert "| Task | Random | Majority | SFT |\n" in text and "Near chance" not in text and "Chance alone" not in text
 
 
 def test_without_a_header_the_report_says_what_is_unknown(tmp_path, capsys):

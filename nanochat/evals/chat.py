@@ -38,6 +38,7 @@ class ChatResult:
     total: int
     num_lenient: int | None = None  # passed by the task's kinder rule, where it has one
     majority: float | None = None  # accuracy of always giving the commonest right answer
+    commonest: str = ""  # that answer
     random: float | None = None  # accuracy of a random letter; letters only
     num_cropped: int = 0  # prompts longer than the context, which lost their beginning
     right_counts: tuple[int, ...] = ()  # right answers to each problem
@@ -73,11 +74,13 @@ def summarise(solved: Sequence[Record], total: int, has_lenient_rule: bool) -> C
     verdicts = Counter(a.verdict for a in answers)
     passed, asked = Counter(r.subject for r in solved if r.passed), Counter(r.subject for r in solved)
     with_letters = [r for r in solved if r.letters]
+    commonest, times = max(Counter(r.gold for r in solved).items(), key=lambda item: item[1], default=("", 0))
     return ChatResult(
         num_passed=sum(r.passed for r in solved),
         total=total,
         num_lenient=sum(r.lenient for r in solved) if has_lenient_rule else None,
-        majority=max(Counter(r.gold for r in solved).values(), default=0) / total,
+        majority=times / total,
+        commonest=commonest,
         random=sum(1 / len(r.letters) for r in with_letters) / total if with_letters else None,
         num_cropped=sum(r.cropped for r in solved),
         right_counts=tuple(r.num_right for r in solved),

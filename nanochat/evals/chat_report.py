@@ -7,6 +7,40 @@ from typing import Any
 from nanochat.evals.chat import ChatResult
 from nanochat.evals.stats import Paired, wilson
 
+LONGEST_NAMED = 20  # characters of an answer that a line of text can name
+
+
+def random_guess(result: ChatResult, baseline: float) -> float:
+    """Accuracy of a random letter; of guessing (`baseline`) where the problems have no letters."""
+    return baseline if result.random is None else result.random
+
+
+def always_the_commonest(result: ChatResult) -> str:
+    """The majority control in words."""
+    if result.commonest and len(result.commonest) <= LONGEST_NAMED:
+        return f"always answering {result.commonest}"
+    return "always giving the commonest answer"
+
+
+def better_than_guessing(result: ChatResult, baseline: float) -> str:
+    """ "yes" where all of the 95% interval lies above both controls; else "no", and what does as well."""
+    random, majority = random_guess(result, baseline), result.majority or 0.0
+    if result.interval[0] > max(random, majority):
+        return "yes"
+    guess = f"{always_the_commonest(result)} ({majority:.4f})" if majority >= random else f"guessing ({random:.4f})"
+    return f"no: {'no' if result.accuracy <= max(random, majority) else 'not shown to be'} better than {guess}"
+
+
+def score_line(result: ChatResult, baseline: float) -> str:
+    """What stands beside an accuracy on the screen."""
+    low, high = result.interval
+    _, _, why_not = better_than_guessing(result, baseline).partition(": ")
+    return (
+        f"95% interval {100 * low:.2f}% to {100 * high:.2f}%, {always_the_commonest(result)} "
+        f"{100 * (result.majority or 0):.2f}%, random {100 * random_guess(result, baseline):.2f}%: "
+        f"{why_not or 'better than guessing'}"
+    )
+
 
 def details(result: ChatResult, baseline: float) -> dict[str, Any]:
     """What stands behind one accuracy: its interval, the controls, kinder rules, and what went wrong.
@@ -14,15 +48,12 @@ def details(result: ChatResult, baseline: float) -> dict[str, Any]:
     Args:
         baseline: accuracy of guessing, where the problems do not tell.
     """
-    has_letters = result.random is not None
-    random, majority = result.random if has_letters else baseline, result.majority or 0.0
     low, high = result.interval
-    guessing = max(random or 0.0, majority)
     new: dict[str, Any] = {
         "95% interval": f"{low:.4f} to {high:.4f} ({result.num_passed} of {result.total})",
-        "better than guessing": "yes" if low > guessing else "no, as is to be expected of a very small model",
-        "random guess": random,
-        f"always the commonest {'letter' if has_letters else 'answer'}": majority,
+        "better than guessing": better_than_guessing(result, baseline),
+        "random guess": random_guess(result, baseline),
+        f"always the commonest {'answer' if result.random is None else 'letter'}": result.majority or 0.0,
     }
     if result.chosen:
         new["letters chosen"] = ", ".join(f"{letter} {n}" for letter, n in result.chosen.items())
@@ -66,5 +97,5 @@ def paired_line(paired: Paired, against: str) -> str:
     low, high = paired.interval
     return (
         f"{then} -> {now} of {n}; {paired.only_second} only now, {paired.only_first} only in {against}; "
-        f"difference {low:+.4f} to {high:+.4f}, p = {paired.p_value:.4f}"
+        f"difference {low:+.4f} to {high:+.4f}; {paired.verdict}"
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Z95 = 1.959964  # two-sided 95% of the normal distribution
+SIGNIFICANT = 0.05  # p below which a difference counts as shown: habit
 
 
 def wilson(passed: int, total: int) -> tuple[float, float]:
@@ -56,6 +57,13 @@ class Paired:
         n = self.only_first + self.only_second
         tail = sum(math.comb(n, i) for i in range(min(self.only_first, self.only_second) + 1))
         return min(1.0, 2 * tail / 2**n)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the second is better: "real", "worse" or "not shown", with p."""
+        p = self.p_value
+        word = "not shown" if p >= SIGNIFICANT else "real" if self.only_second > self.only_first else "worse"
+        return f"{word} (p = {p:.4f})" if p >= 1e-4 else f"{word} (p < 0.0001)"
 
     @property
     def interval(self) -> tuple[float, float]:
