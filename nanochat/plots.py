@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,16 +23,33 @@ INK, GRID = "#333333", "#dddddd"
 COLORS = ("#4269d0", "#e07a2f", "#3a9a5b", "#8f5bb5")  # told apart in print and by most colour-blind readers
 STAGES = ("base", "mid", "sft", "rl")
 STAGE_NAMES = {"base": "Base training", "mid": "Midtraining", "sft": "SFT", "rl": "RL"}
-PASS_AT = {f"pass_at_{k}": f"pass@{k}" for k in range(1, 65)}
+PASS_AT = "pass_at_"  # and k: as many of these as were logged
 # name of the plot -> (its title, axis label, the logged values drawn in it with their legends)
 LINES: dict[str, tuple[str, str, dict[str, str]]] = {
     "loss": ("loss", "nats per token", {"loss": "training", "val_loss": "validation"}),
     "bpb": ("validation bits per byte", "bits per byte", {"val_bpb": "validation"}),
     "lr": ("learning rate", "share of its peak", {"lrm": "multiplier"}),
-    "reward": ("reward", "mean over the rollouts of a step", {"reward": "training"}),
-    "pass": ("validation problems solved", "share of problems", PASS_AT),
+    "reward": ("reward", "mean over answers", {"reward": "training", "val_reward": "validation"}),
+    "length": (
+        "length of the sampled answers",
+        "tokens, mean over answers",
+        {"answer_length": "answer", "sequence_length": "prompt and answer"},
+    ),
+    "answers": (
+        "form of the sampled answers",
+        "share",
+        {
+            "stopped": "ended by themselves",
+            "parsed": "could be parsed",
+            "tool_call": "with a tool call",
+            "equal_groups": "groups of equal rewards (skipped)",
+        },
+    ),
+    "kl": ("distance from the start model", "KL, nats per token", {"kl": "training"}),
 }
-SMOOTHED = ("loss", "reward")  # one batch is noisy: the raw values are drawn pale behind their average
+# one batch is noisy: the raw values are drawn pale behind their average
+SMOOTHED = ("loss", "reward", *LINES["length"][2], *LINES["answers"][2])
+FROM_ZERO = ("lrm", *LINES["answers"][2], PASS_AT)  # shares
 
 
 def draw_all(curves: Path, scores: Mapping[str, Mapping[str, str]], folder: Path) -> list[Path]:
@@ -47,7 +66,8 @@ def draw_all(curves: Path, scores: Mapping[str, Mapping[str, str]], folder: Path
     paths = []
     for stage in names:
         points = read_curve(curves / f"{stage}.jsonl")
-        for name, (title, label, legends) in LINES.items():
+        passes = ("validation problems solved within k answers", "share of problems", _pass_legends(points))
+        for name, (title, label, legends) in (LINES | {"pass": passes}).items():
             figure = draw_lines(f"{STAGE_NAMES.get(stage, stage)}: {title}", label, legends, points)
             if figure is not None:
                 paths.append(_save(figure, folder / f"{stage}_{name}.png"))
@@ -59,6 +79,11 @@ def draw_all(curves: Path, scores: Mapping[str, Mapping[str, str]], folder: Path
 
 def _order(stage: str) -> int:
     return STAGES.index(stage) if stage in STAGES else len(STAGES)
+
+
+def _pass_legends(points: Points) -> dict[str, str]:
+    ks = sorted({int(key.removeprefix(PASS_AT)) for point in points for key in point if key.startswith(PASS_AT)})
+    return {f"{PASS_AT}{k}": f"pass@{k}" for k in ks}
 
 
 def smooth(values: Sequence[float], beta: float = 0.9) -> list[float]:
@@ -96,7 +121,9 @@ def draw_lines(title: str, label: str, legends: Mapping[str, str], points: Point
     if not drawn:
         return None
     figure, ax = _figure(title)
-    for color, (key, (steps, values)) in zip(COLORS, drawn.items(), strict=False):
+    many = colormaps["viridis"].reversed()(np.linspace(0.1, 1, len(drawn)))  # light to dark: pass@1 to pass@k
+    colors = COLORS if len(drawn) <= len(COLORS) else many
+    for color, (key, (steps, values)) in zip(colors, drawn.items(), strict=False):
         legend = legends[key]
         if key in SMOOTHED and len(values) > 20:
             ax.plot(steps, values, color=color, linewidth=0.7, alpha=0.25)
@@ -108,7 +135,7 @@ def draw_lines(title: str, label: str, legends: Mapping[str, str], points: Point
     if len(drawn) > 1 or "smoothed" in ax.get_legend_handles_labels()[1][0]:
         ax.legend(frameon=False, fontsize=8)
     ax.set_xlim(left=0)
-    if "lrm" in drawn:
+    if any(key.startswith(FROM_ZERO) for key in drawn):
         ax.set_ylim(bottom=0)
     return figure
 

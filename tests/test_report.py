@@ -396,8 +396,8 @@ def test_our_own_runs_say_which_gains_are_real_and_which_scores_are_near_chance(
         ["Task", "Random", "Majority", "MID", "SFT", "SFT's gain", "RL", "RL's gain"],
         ["---"] * 8,
         ["AQUA", "0.2000", "0.2756", "-", "-", "-", "0.2717 ± 0.0544", "no record of the stage before"],
-        ["TinyMC", "0.2000", "0.2756", "0.2500 ± 0.0596", "0.3000 ± 0.0630", "not compared", "-", "-"],
-        ["TinySums", "0.2000", "0.2756", "0.2000 ± 0.0551", "0.9000 ± 0.0416", "real (p < 0.0001)", "-", "-"],
+        ["TinyMC", "0.2000", "0.2756", "0.2500 ± 0.0596", "0.3000 ± 0.0631", "not compared", "-", "-"],
+        ["TinySums", "0.2000", "0.2756", "0.2000 ± 0.0552", "0.9000 ± 0.0418", "real (p < 0.0001)", "-", "-"],
     ]
     assert "\n- AQUA after RL: 0.2717 is no better than always answering A (0.2756)\n" in text
     assert text.count("Near chance or below it") == 1 and "TinyMC after" not in text
@@ -500,6 +500,27 @@ def test_plots_are_linked_from_both_reports(base):
         assert [Path(link).name for link in links] == ["base_loss.png", "base_lr.png", "scores.png"]
         for link in links:
             assert (markdown.parent / link).read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_that_reinforcement_learning_logs_is_drawn_with_units_and_legends(base, monkeypatch):
+    from matplotlib.colors import to_hex
+
+    from nanochat import plots
+
+    drawn = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.setdefault(path.stem, figure.axes[0]) and path)
+    for step in (0, 4):
+        passes = {f"pass_at_{k}": k / 100 for k in (16, 1, 2, 4, 8)}
+        curves.log_curve("rl", step, reward=0.5, val_reward=0.4, sequence_length=90, answer_length=40, **passes)
+    paths = plots.draw_all(base / "report" / "curves", {}, base / "plots")
+    assert [p.stem for p in paths] == ["rl_reward", "rl_length", "rl_pass"]
+    labels = {name: [line.get_label() for line in ax.get_lines()] for name, ax in drawn.items()}
+    assert labels["rl_reward"] == ["training", "validation"]
+    assert labels["rl_length"] == ["answer", "prompt and answer"]
+    assert labels["rl_pass"] == ["pass@1", "pass@2", "pass@4", "pass@8", "pass@16"]
+    assert len({to_hex(line.get_color()) for line in drawn["rl_pass"].get_lines()}) == 5
+    for ax in drawn.values():
+        assert ax.get_legend() and ax.get_xlabel() == "optimizer step" and ax.get_ylabel()
 
 
 def test_the_average_of_a_constant_is_that_constant():
