@@ -20,7 +20,7 @@ from nanochat import checkpoint, environment, runtime
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.loader import PackingLoader
 from nanochat.data.sources import ParquetSource, Source, open_source
-from nanochat.data.textfiles import BLOCK_DOCUMENTS, TextFiles
+from nanochat.data.textfiles import TextFiles
 from nanochat.evals.bpb import evaluate_bpb, evaluate_documents
 from nanochat.evals.samples import sample_texts
 from nanochat.gpt import GPTConfig
@@ -121,15 +121,11 @@ def documents(source: Source, split: str) -> Iterator[tuple[str, str]]:
     """(where it is from, text) of each document: the file; or the data set, where it has no files."""
     for i in range(source.num_blocks(split)):
         texts = source.read_block(split, i)
-        yield from zip(origins(source, split, i, len(texts)), texts, strict=True)
-
-
-def origins(source: Source, split: str, block: int, num_documents: int) -> list[str]:
-    if isinstance(source, TextFiles):
-        places = source._index[split][block * BLOCK_DOCUMENTS :][:num_documents]
-        return [source.files[f].relative_to(source.root).as_posix() for f in places[:, 0]]
-    name = source.blocks[split][block][0].name if isinstance(source, ParquetSource) else source.name
-    return [name] * num_documents
+        if isinstance(source, TextFiles):
+            names = source.origins(split, i)
+        else:
+            names = [source.blocks[split][i][0].name if isinstance(source, ParquetSource) else source.name] * len(texts)
+        yield from zip(names, texts, strict=True)
 
 
 def run(cfg: BaseLossConfig) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Task:
 
     # "categorical": the letter whose logit is highest right after the prompt; "generative": sampled text
     eval_type: Literal["categorical", "generative"] = "generative"
+    # whether evaluate() waits for a process of its own, so that several answers may well be judged at once
+    waits_to_judge = False
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         if start < 0 or (stop is not None and stop < 0) or step < 1:

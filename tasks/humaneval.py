@@ -33,6 +33,8 @@ def extract_program(completion: str) -> str:
 
 
 class HumanEval(HubTask):
+    waits_to_judge = True
+
     def __init__(self, **slicing: Any) -> None:
         super().__init__("openai/openai_humaneval", "openai_humaneval", "test", **slicing)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
@@ -243,6 +244,34 @@ def test_a_rule_that_raises_has_not_judged_and_its_answer_is_named_not_wrong(mod
     verdicts = [[a.verdict for a in r.answers] for r in records.read(tmp_path / "a.jsonl")]
     assert verdicts == [["grader error", "right"], ["wrong", "wrong"], ["grader error", "grader error"]]
     assert chat_report.details(result, 0.0)["answers that the grader failed on (of 6)"] == 3
+
+
+class Patient(Echo):
+    """Judges in pairs: one alone waits in vain. The first answer of a pair is judged last."""
+
+    waits_to_judge = True
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.pair, self.second_is_done = threading.Barrier(2), threading.Event()
+
+    def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
+        self.pair.wait(timeout=20)
+        if "first" in response:
+            assert self.second_is_done.wait(timeout=20)
+        is_right = super().evaluate(conversation, response)
+        self.second_is_done.set()
+        return is_right
+
+
+def test_a_task_that_waits_for_its_judges_has_one_a_core_and_keeps_the_order(model, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    rt = replace(RT, local_world_size=2)
+    script_engine(monkeypatch, ["first 0", "1"])
+    task = Patient(2)
+    assert evaluate_task(task, model, tokenizer, rt, record_to=tmp_path / "a.jsonl").num_passed == 2
+    assert task.seen == ["1", "first 0"]
+    assert [r.answers[0].text for r in records.read(tmp_path / "a.jsonl")] == ["first 0", "1"]
 
 
 def test_a_model_that_writes_nothing_is_not_asked_about_and_counted(model, tokenizer, monkeypatch):

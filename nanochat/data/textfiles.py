@@ -164,6 +164,11 @@ class TextFiles:
                     texts[j] = self._text(raw, self.files[f], self._hashes[places[j, 3]])
         return texts
 
+    def origins(self, split: str, i: int) -> list[str]:
+        """The file, within the folder, of each document of a block."""
+        places = self._index[split][i * BLOCK_DOCUMENTS : (i + 1) * BLOCK_DOCUMENTS]
+        return [self.files[f].relative_to(self.root).as_posix() for f in places[:, 0]]
+
     def _text(self, raw: bytes, path: Path, wanted: np.uint64) -> str:
         """The document, which has to be the one that was here at the beginning."""
         with contextlib.suppress(UnicodeDecodeError, InputError):

@@ -6,8 +6,10 @@ answers and let the task judge them. Neither depends on the batch size or the nu
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -27,6 +29,7 @@ from nanochat.ranks import together
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 
+MOST_JUDGES = 8  # sandboxed programs at once: each may take 256 MiB, and its seconds are of wall clock
 WHOLE_PROMPT = 1 << 30  # no cut from the right in the renderer: we cut from the left
 
 
@@ -134,6 +137,8 @@ def evaluate_task(
             solver = Categorical(task, model, tokenizer)
         else:
             solver = Generative(task, model, tokenizer, num_samples, max_new_tokens, temperature, top_k)
+            if task.waits_to_judge:
+                solver.num_judges = min(MOST_JUDGES, max(1, (os.cpu_count() or 1) // rt.local_world_size))
         return total, _solve_mine(solver, name, total, batch_size, rt, with_prompts=record_to is not None)
 
     total, mine = together(on_this_rank)
@@ -286,6 +291,7 @@ class Generative:
         top_k: int | None,
     ) -> None:
         self.task, self.model, self.tokenizer, self.num_samples = task, model, tokenizer, num_samples
+        self.num_judges = 1
         self.engine = Engine(model, tokenizer)
         self.sampling: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
 
@@ -293,8 +299,10 @@ class Generative:
         """num_samples answers to each."""
         rows = [(c, p) for c, p in zip(conversations, prompts, strict=True) for _ in range(self.num_samples)]
         sequences, _, ends = self.engine.generate_many([prompt for _, prompt in rows], **self.sampling)
-        answers = [
-            judge(
+
+        def answer(row: tuple[Mapping[str, Any], list[int]], ids: list[int], end: int | None) -> Answer:
+            conversation, prompt = row
+            return judge(
                 self.task,
                 conversation,
                 self.tokenizer.decode(ids[len(prompt) :]),
@@ -302,8 +310,9 @@ class Generative:
                 hit_limit=end is None,
                 beyond_context=len(ids) > self.model.config.sequence_len,
             )
-            for (conversation, prompt), ids, end in zip(rows, sequences, ends, strict=True)
-        ]
+
+        with ThreadPoolExecutor(self.num_judges) as judges:  # in the order of the rows, whoever is done first
+            answers = list(judges.map(answer, rows, sequences, ends))
         return [answers[i : i + self.num_samples] for i in range(0, len(answers), self.num_samples)]
 
 
