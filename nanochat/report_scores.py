@@ -9,8 +9,8 @@ SURE = " 95% interval"  # the key of an interval ends so; what stands before it 
 INTERVAL = re.compile(r"([\d.]+) to ([\d.]+) \(\d+ of \d+\)")
 EXPLAINED = """\
 ±: half of the 95% interval (Wilson). Random, majority: what guessing, and always giving the commonest right answer,
-score on these questions. A gain is tested question by question against the stage before (exact McNemar test,
-two-sided): real = better, p < 0.05; worse = the same the other way; not shown = chance explains it."""
+score on these questions. One stage over another: tested question by question (exact McNemar test, two-sided);
+real = better, p < 0.05; worse = the same the other way; not shown = chance explains it."""
 
 Columns = Mapping[str, Mapping[str, str]]  # column of the Summary (MID, SFT, RL) -> items of its chat evaluation
 
@@ -23,14 +23,15 @@ def format_scores(sections: Columns) -> str:
     if not tasks:
         return ""
     head = ["Task", "Random", "Majority"]
-    for number, column in enumerate(columns):
-        head += [column, f"{column}'s gain"] if number else [column]
+    for column, items in columns.items():
+        earlier = _earlier(items)
+        head += [column, f"{column} over {earlier.upper()}"] if earlier else [column]
     rows = [_row(task, columns) for task in tasks]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
     text = f"\n### Which gains are real\n\n{table}\n{EXPLAINED}"
     num_tests = sum("(p " in cell for row in rows for cell in row)
     if num_tests > 1:
-        text += f" Chance alone shows a difference in 1 of 20\nsuch tests; here are {num_tests}."
+        text += f" Chance alone\nshows a difference in up to 1 of 20 such tests; here are {num_tests}."
     return f"{text}\n{_near_chance(tasks, columns)}"
 
 
@@ -38,17 +39,18 @@ def _row(task: str, columns: Columns) -> list[str]:
     every = {key: value for items in columns.values() for key, value in items.items()}  # the latest stage's last
     majority = every.get(f"{task} always the commonest letter") or every.get(f"{task} always the commonest answer", "-")
     cells = [task, every.get(f"{task} random guess", "-"), majority]
-    for number, items in enumerate(columns.values()):
+    for items in columns.values():
         match = INTERVAL.fullmatch(items.get(task + SURE, ""))
         cells.append(f"{items[task]} ± {(float(match[2]) - float(match[1])) / 2:.4f}" if match else "-")
-        if number:
-            cells.append(_gain(task, items) if match else "-")
+        if earlier := _earlier(items):
+            line = items.get(f"{task} against {earlier}", "-")
+            cells.append("not compared" if line.startswith("not compared") else line.rpartition("; ")[2])
     return cells
 
 
-def _gain(task: str, items: Mapping[str, str]) -> str:
-    line = next((value for key, value in items.items() if key.startswith(f"{task} against ")), "-")
-    return "not compared" if line.startswith("not compared") else line.rpartition("; ")[2]
+def _earlier(items: Mapping[str, str]) -> str | None:
+    """The stage that an evaluation is compared with."""
+    return next((key.rpartition(" against ")[2] for key in items if " against " in key), None)
 
 
 def _near_chance(tasks: Sequence[str], columns: Columns) -> str:
@@ -60,6 +62,4 @@ def _near_chance(tasks: Sequence[str], columns: Columns) -> str:
                 lines.append(f"- {task} after {column}: {items.get(task)} is {why}\n")
     if not lines:
         return ""
-    return "\nNear chance or below it; these scores show no skill at the task, and their changes are noise:\n\n" + (
-        "".join(lines)
-    )
+    return "\nNear chance or below it: these scores show no skill at the task.\n\n" + "".join(lines)

@@ -393,7 +393,7 @@ def test_our_own_runs_say_which_gains_are_real_and_which_scores_are_near_chance(
     text = r.generate().read_text()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert table[-5:] == [
-        ["Task", "Random", "Majority", "MID", "SFT", "SFT's gain", "RL", "RL's gain"],
+        ["Task", "Random", "Majority", "MID", "SFT", "SFT over MID", "RL", "RL over SFT"],
         ["---"] * 8,
         ["AQUA", "0.2000", "0.2756", "-", "-", "-", "0.2717 ± 0.0544", "no record of the stage before"],
         ["TinyMC", "0.2000", "0.2756", "0.2500 ± 0.0596", "0.3000 ± 0.0631", "not compared", "-", "-"],
