@@ -353,6 +353,16 @@ def test_the_letters_of_real_tasks_are_those_that_their_rules_read(base, model, 
     assert dict(result.chosen) == {gold: 1, "none": 1} and result.num_passed == 1
 
 
+def test_the_majority_control_counts_answers_not_the_sentences_around_them(model, tokenizer, monkeypatch):
+    class Facts(Echo):
+        def get_example(self, index):
+            return {**super().get_example(index), "answer": "Venus" if index else "Mars"}
+
+    script_engine(monkeypatch, ["no"] * 4)
+    result = evaluate_task(Facts(4), model, tokenizer, RT)
+    assert (result.majority, result.commonest) == (0.75, "Venus")
+
+
 def test_subjects_follow_with_their_mean_and_pass_at_k_with_its_error():
     result = ChatResult(
         3, 4, right_counts=(4, 1, 1, 0), num_samples=4, subjects={"art": (3, 3), "war": (0, 1)}, majority=0.25

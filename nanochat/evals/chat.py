@@ -207,9 +207,10 @@ def _crop(ids: list[int], context: int) -> list[int]:
 
 
 def _gold(conversation: Mapping[str, Any]) -> str:
-    """The reference: a letter, or what stands after `#### `, or else all that the conversation's last message says."""
-    if conversation.get("answer_letter"):
-        return conversation["answer_letter"]
+    """The reference: a letter or the fact `answer`, or what stands after `#### `, or else all of the last message."""
+    for key in ("answer_letter", "answer"):
+        if conversation.get(key):
+            return str(conversation[key])
     content = conversation["messages"][-1]["content"]
     if not isinstance(content, str):
         content = "".join(part["text"] for part in content if part["type"] == "text")
