@@ -42,14 +42,14 @@ LINES: dict[str, tuple[str, str, dict[str, str]]] = {
             "stopped": "ended by themselves",
             "parsed": "could be parsed",
             "tool_call": "with a tool call",
-            "equal_groups": "groups of equal rewards (skipped)",
         },
     ),
+    "groups": ("prompts whose answers all got the same reward", "share, skipped", {"equal_groups": "training"}),
     "kl": ("distance from the start model", "KL, nats per token", {"kl": "training"}),
 }
 # one batch is noisy: the raw values are drawn pale behind their average
-SMOOTHED = ("loss", "reward", *LINES["length"][2], *LINES["answers"][2])
-FROM_ZERO = ("lrm", *LINES["answers"][2], PASS_AT)  # shares
+SMOOTHED = ("loss", "reward", "equal_groups", *LINES["length"][2], *LINES["answers"][2])
+FROM_ZERO = ("lrm", "equal_groups", *LINES["answers"][2], PASS_AT)  # shares
 
 
 def draw_all(curves: Path, scores: Mapping[str, Mapping[str, str]], folder: Path) -> list[Path]:
@@ -86,13 +86,13 @@ def _pass_legends(points: Points) -> dict[str, str]:
     return {f"{PASS_AT}{k}": f"pass@{k}" for k in ks}
 
 
-def smooth(values: Sequence[float], beta: float = 0.9) -> list[float]:
-    """Exponential moving average, debiased: value i has weight beta^(n - i) among those up to n."""
-    average, out = 0.0, []
-    for i, value in enumerate(values, start=1):
-        average = beta * average + (1 - beta) * value
-        out.append(average / (1 - beta**i))
-    return out
+def smooth(values: Sequence[float]) -> list[float]:
+    """Each value's mean with its neighbours on both sides, so that a falling curve is not drawn late: a twentieth of
+    the curve on each side, 2 to 25 values, fewer at the ends."""
+    n, sums = len(values), np.concatenate([[0.0], np.cumsum(values)])
+    reach = min(25, max(2, n // 20))
+    windows = [(max(0, i - reach), min(n, i + reach + 1)) for i in range(n)]
+    return [float(sums[stop] - sums[start]) / (stop - start) for start, stop in windows]
 
 
 def series(points: Points, key: str) -> tuple[list[int], list[float]]:

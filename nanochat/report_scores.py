@@ -10,7 +10,7 @@ INTERVAL = re.compile(r"([\d.]+) to ([\d.]+) \(\d+ of \d+\)")
 EXPLAINED = """\
 ±: half of the 95% interval (Wilson). Random, majority: what guessing, and always giving the commonest right answer,
 score on these questions. One stage over another: tested question by question (exact McNemar test, two-sided);
-real = better, p < 0.05; worse = the same the other way; not shown = chance explains it."""
+real = better, p < 0.05; worse = the same the other way; not shown = it may be chance."""
 
 Columns = Mapping[str, Mapping[str, str]]  # column of the Summary (MID, SFT, RL) -> items of its chat evaluation
 

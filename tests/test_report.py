@@ -523,11 +523,14 @@ def test_all_that_reinforcement_learning_logs_is_drawn_with_units_and_legends(ba
         assert ax.get_legend() and ax.get_xlabel() == "optimizer step" and ax.get_ylabel()
 
 
-def test_the_average_of_a_constant_is_that_constant():
+def test_the_smoothed_curve_keeps_a_trend_in_its_place_and_averages_noise():
     from nanochat.plots import smooth
 
-    assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
-    assert smooth([0.0, 1.0], beta=0.5) == pytest.approx([0.0, 2 / 3])
+    assert smooth([3.0] * 50) == pytest.approx([3.0] * 50)
+    falling = [float(100 - i) for i in range(100)]
+    assert smooth(falling)[5:-5] == pytest.approx(falling[5:-5])
+    assert smooth([0.0, 1.0, 5.0]) == pytest.approx([2.0, 2.0, 2.0])  # two on each side, where there are
+    assert max(smooth([(-1.0) ** i for i in range(1000)])[25:-25]) < 0.03
 
 
 def test_durations_are_floored_to_minutes():
