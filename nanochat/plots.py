@@ -87,11 +87,11 @@ def _pass_legends(points: Points) -> dict[str, str]:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Each value's mean with its neighbours on both sides, so that a falling curve is not drawn late: a twentieth of
-    the curve on each side, 2 to 25 values, fewer at the ends."""
+    """Each value's mean with its neighbours, so that a falling curve is not drawn late: a twentieth of the curve on
+    each side, 2 to 25 values. At the beginning, which may be steep, no more after a value than before it."""
     n, sums = len(values), np.concatenate([[0.0], np.cumsum(values)])
     reach = min(25, max(2, n // 20))
-    windows = [(max(0, i - reach), min(n, i + reach + 1)) for i in range(n)]
+    windows = [(i - r, min(n, i + r + 1)) for i in range(n) for r in [min(reach, i)]]
     return [float(sums[stop] - sums[start]) / (stop - start) for start, stop in windows]
 
 
