@@ -125,7 +125,8 @@ def other_stage(cfg: ChatEvalConfig, meta: Mapping[str, Any]) -> str | None:
 
 
 def earlier_path(cfg: ChatEvalConfig, stage: str, tag: str, task: str) -> Path:
-    """The records of a task by the last checkpoint of another stage: of as many problems, else of all.
+    """The records of a task by the last checkpoint of another stage: of as many problems, else of all, else of the
+    most that there are.
 
     Raises:
         InputError: there is no such checkpoint.
@@ -133,7 +134,8 @@ def earlier_path(cfg: ChatEvalConfig, stage: str, tag: str, task: str) -> Path:
     manifest = checkpoint.read_manifest(checkpoint.find(stage, tag))
     same = record_path(cfg, stage, manifest, tag, task)
     whole = record_path(dataclasses.replace(cfg, max_problems=None), stage, manifest, tag, task)
-    return whole if whole.exists() and not same.exists() else same
+    cut = sorted(whole.parent.glob(f"{whole.stem}.first*.jsonl"), key=lambda path: -path.stat().st_size)
+    return next((path for path in (same, whole, *cut) if path.exists()), same)
 
 
 def change(cfg: ChatEvalConfig, stage: str, tag: str, task: str, path: Path) -> str:

@@ -695,13 +695,17 @@ def evaluate_mid(base: Path, tokenizer: Tokenizer) -> Path:
 
 
 def test_each_stage_is_compared_with_the_stage_before_problem_by_problem(base, tokenizer, capsys):
-    evaluate_mid(base, tokenizer)
+    path = evaluate_mid(base, tokenizer)
     assert "against" not in capsys.readouterr().out  # there is no stage before mid
     chat_eval.main(["-i", "sft", *AQUA_ON_CPU])
     assert f"AQUA against mid: {AQUA_LOST_ONE}\n" in capsys.readouterr().out
     assert f"- AQUA against mid: {AQUA_LOST_ONE}\n" in (base / "report" / "chat-evaluation-sft.md").read_text()
     chat_eval.main(["-i", "sft", "-x", "2", *AQUA_ON_CPU])  # only some of the problems that mid was asked
     assert "AQUA against mid: 1 -> 0 of 2;" in capsys.readouterr().out
+    path.rename(path.with_name("AQUA.first2.jsonl"))
+    records.write(path.with_name("AQUA.first1.jsonl"), records.read(path.with_name("AQUA.first2.jsonl"))[:1])
+    chat_eval.main(["-i", "sft", *AQUA_ON_CPU])  # mid was asked only some: the most that there are
+    assert "AQUA against mid: 1 -> 0 of 3;" in capsys.readouterr().out
 
 
 def test_without_records_of_the_stage_before_the_report_says_so(base, tokenizer, capsys):
