@@ -8,10 +8,12 @@ check: format lint types test rust
 format:
 	$(BIN)/ruff format --check
 	cd rustbpe && cargo fmt --check
+	cd rustdecode && cargo fmt --check
 
 lint:
 	$(BIN)/ruff check
-	if cargo clippy --version >/dev/null 2>&1; then cd rustbpe && cargo clippy --quiet --all-targets -- -D warnings; fi
+	if cargo clippy --version >/dev/null 2>&1; then \
+		for crate in rustbpe rustdecode; do (cd $$crate && cargo clippy --quiet --all-targets -- -D warnings) || exit 1; done; fi
 
 types:
 	$(BIN)/mypy
@@ -21,3 +23,4 @@ test:
 
 rust:
 	cd rustbpe && cargo test --quiet --locked
+	cd rustdecode && cargo test --quiet --locked

@@ -35,7 +35,7 @@ find_cargo() {
 
 sync_packages() {
     local log
-    [ -d .venv ] || echo "setting up .venv; the first time this fetches torch and builds rustbpe, which takes minutes" >&2
+    [ -d .venv ] || echo "setting up .venv; the first time this fetches torch and builds two crates, which takes minutes" >&2
     log=$(mktemp)
     if ! uv sync --locked >"$log" 2>&1 && ! uv sync --locked --offline >>"$log" 2>&1; then
         cat "$log" >&2

@@ -9,5 +9,7 @@ python -m ruff check
 python -m ruff format --check
 python -m pytest -m "not slow" "$@"
 # the crates are in cargo's cache since the build; without a network cargo must be told so
-cargo test --quiet --locked --manifest-path rustbpe/Cargo.toml ||
-    cargo test --quiet --locked --offline --manifest-path rustbpe/Cargo.toml
+for crate in rustbpe rustdecode; do
+    cargo test --quiet --locked --manifest-path $crate/Cargo.toml ||
+        cargo test --quiet --locked --offline --manifest-path $crate/Cargo.toml
+done
