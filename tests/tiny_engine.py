@@ -45,6 +45,7 @@ class ScriptedModel:
 
     def features(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
         self.rows_fed.append(idx.size(0))
+        cache.previous(idx, cache.lengths[:, None] + torch.arange(idx.size(1)))
         cache.lengths = cache.lengths + idx.size(1)
         return idx[..., None]
 
