@@ -12,59 +12,22 @@ import pytest  # noqa: E402
 
 from nanochat.config import InputError  # noqa: E402
 from nanochat.engine import Engine  # noqa: E402
-from nanochat.gpt import GPT  # noqa: E402
 from nanochat.sampling import Sampling  # noqa: E402
 from nanochat.scaling import ARCHS  # noqa: E402
-from nanochat.tools import calculate  # noqa: E402
-from tests.tiny_engine import ScriptedModel, scripted_engine, tiny_gpt, tiny_tokenizer  # noqa: E402
+from tests.tiny_engine import (  # noqa: E402
+    ScriptedModel,
+    naive_greedy,
+    scripted_engine,
+    special,
+    tiny_gpt,
+    tiny_tokenizer,
+    tool_lover,
+)
 
 TOKENIZER = tiny_tokenizer()
 V = TOKENIZER.get_vocab_size()
 BOS = TOKENIZER.get_bos_token_id()
 PROMPTS = [[BOS, *range(40, 40 + n)] for n in (0, 1, 5, 17, 30)]
-
-
-def special(name: str) -> int:
-    return TOKENIZER.encode_special(f"<|{name}|>")
-
-
-class ToolLover(GPT):
-    """A random model that writes tool calls, digits and signs, and sometimes stops."""
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        logits = super().logits(x)
-        liked = [special("python_start"), special("python_end"), *b"0123456789+-*"]
-        logits[..., liked] += 4.0
-        logits[..., special("assistant_end")] += 4.0
-        return logits
-
-
-def tool_lover(seed: int, arch: str = "plain") -> ToolLover:
-    model = tiny_gpt(V, seed=seed, arch=arch)
-    model.__class__ = ToolLover
-    return model  # type: ignore[return-value]
-
-
-def naive_greedy(model: GPT, prompt: list[int], max_tokens: int) -> tuple[list[int], list[int]]:
-    """Generation as one would write it first: no cache, one row, a full forward for each token."""
-    ids, mask, forced, call = list(prompt), [0] * len(prompt), [], None
-    for _ in range(max_tokens):
-        is_forced = bool(forced)
-        token = forced.pop(0) if is_forced else int(model(torch.tensor([ids]))[0, -1].argmax())
-        if token in (special("assistant_end"), BOS):
-            break
-        if token == special("python_start"):
-            call = []
-        elif token == special("python_end") and call is not None:
-            result = calculate(TOKENIZER.decode(call)) if call else None
-            if result is not None:
-                forced = [special("output_start"), *TOKENIZER.encode(result), special("output_end")]
-            call = None
-        elif call is not None:
-            call.append(token)
-        ids.append(token)
-        mask.append(0 if is_forced else 1)
-    return ids, mask
 
 
 @pytest.mark.parametrize("arch", ARCHS)
