@@ -100,7 +100,7 @@ class Engine:
         return bool(self.waiting or self.slots.live)
 
     def stats(self) -> dict[str, int]:
-        """Rows and tokens now; prompt_tokens and generated_tokens since the engine was made."""
+        """Rows and tokens of the cache now; prompt_tokens (computed, not copied) and generated_tokens from the start."""
         live = self.slots.live
         return {
             "running": len(live),
@@ -279,11 +279,13 @@ class Engine:
 
     def _prefill(self) -> list[Request]:
         """Compute some of the prompts; rows whose prompt is complete get their first token."""
+        filling = [row for row in self.slots.filling if row.source is None]
+        most = self.prefill_tokens if len(filling) == 1 else max(1, self.prefill_tokens // 2)  # leaves some for others
         chunks, left = [], self.prefill_tokens
-        for row in self.slots.filling:
-            if row.source is None and left:
-                chunks.append((row, min(len(row.prompt) - row.length, left)))
-                left -= chunks[-1][1]
+        for row in filling:
+            if n := min(len(row.prompt) - row.length, most, left):
+                chunks.append((row, n))
+                left -= n
         complete: list[Request] = []
         logits: list[Tensor] = []
         for group in self.slots.groups(chunks):

@@ -153,8 +153,6 @@ def penalise(logits: Tensor, tokens: Tensor, lengths: Sequence[int], settings: S
         logits: (B, V).
         tokens: (B, S) ids of each row's prompt and answer; anything behind its length.
     """
-    if all(s.repetition_penalty == 1 for s in settings):
-        return logits
     is_held = torch.arange(tokens.size(1)) < torch.tensor(lengths)[:, None]
     ids = torch.where(is_held.to(tokens.device), tokens, tokens[:, :1])  # one id twice does no harm
     seen, penalty = logits.gather(-1, ids), _column([s.repetition_penalty for s in settings], logits)
