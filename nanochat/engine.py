@@ -1,6 +1,6 @@
-"""Generation with a KV cache: many rows of different prompts at once, each with its own tool calls.
+"""Generation with a KV cache: requests join and leave a running batch at any step, each with its own tool calls.
 
-A row's result depends on its prompt, its number among equal prompts, and the seed, not on the other rows.
+A request's answer depends on its prompt, its sampling and its number among equal prompts, not on the other requests.
 """
 
 from __future__ import annotations
@@ -8,57 +8,116 @@ from __future__ import annotations
 import random
 from array import array
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from nanochat.config import InputError
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
+from nanochat.sampling import Sampling, logprobs, penalise, sample
+from nanochat.slots import Request, SlotTable
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import calculate
 
 TERMINAL = ("<|assistant_end|>", "<|bos|>")
 TOOL = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
-PREFILL_TOKENS = 1 << 14  # positions in one prefill pass: bounds its activations
-CACHE_BYTES = 8 << 30  # keys and values of the rows that are in flight together
-GREEDY_BELOW = 1e-5  # a smaller temperature would overflow fp32; it means argmax anyway
-COMPACT_AT = 0.25  # share of finished rows that is worth a copy of the cache (about one or two decode steps)
-
-
-@dataclass
-class Row:
-    """One sequence that is being written."""
-
-    prompt: tuple[int, ...]
-    budget: int  # new tokens that it may have
-    rng: random.Random
-    ids: list[int] = field(default_factory=list)  # new tokens, the terminal one included
-    mask: list[int] = field(default_factory=list)  # 1 = sampled, 0 = forced by the tool
-    forced: deque[int] = field(default_factory=deque)  # the tool's answer, still to be written
-    call: list[int] | None = None  # tokens of the open tool call
-    stopped: bool = False  # by a terminal token
-
-    @property
-    def done(self) -> bool:
-        return self.stopped or len(self.ids) >= self.budget
+CACHE_BYTES = 8 << 30  # of keys and values
+MAX_ROWS = 256  # at once: their logits, in fp32 and as sums in fp64, take 1 MB each at 65,536 ids
+# Of prompts in one step, for which running rows wait with their next token; fewer leave the matmuls short.
+PREFILL_TOKENS = {"cpu": 256, "cuda": 4096}
 
 
 class Engine:
-    """Generates with a model. `cache_bytes` bounds how many rows run at once; the others wait their turn."""
+    """Generates with a model. Not thread-safe: one thread owns an engine.
+
+    `cache_bytes` bounds the keys and values of the rows that run at once; the others wait their turn. Memory is taken
+    as rows and their lengths grow. What ended rows leave in the cache serves later prompts that begin alike: whoever
+    changes the model's weights calls release().
+    """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, cache_bytes: int = CACHE_BYTES) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.cache_bytes = cache_bytes
         self.vocab_size = tokenizer.get_vocab_size()
         specials = tokenizer.get_special_tokens()
         self.terminal = {tokenizer.encode_special(name) for name in TERMINAL if name in specials}
         self.terminal.add(tokenizer.get_bos_token_id())
         # A tokenizer without tool tokens (GPT-2's) has no tool.
         self.tool = [tokenizer.encode_special(t) for t in TOOL] if specials.issuperset(TOOL) else [-1] * 4
+        self.prefill_tokens = PREFILL_TOKENS.get(model.device.type, 1024)
+        self.slots = SlotTable(model, cache_bytes, MAX_ROWS)
+        self.waiting: deque[Request] = deque()
+        self.prompt_tokens = self.generated_tokens = 0  # totals
+
+    # Requests -----------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        sample: int = 0,
+    ) -> Request:
+        """Queue a request, to be written by step().
+
+        Args:
+            max_tokens: None = until prompt and answer fill the model's sequence_len.
+            sample: number among requests of an equal prompt and seed: each has random numbers of its own.
+
+        Raises:
+            InputError: an empty or too long prompt, an id that the tokenizer does not have, a negative max_tokens.
+        """
+        request = self._request(prompt, max_tokens, sampling or Sampling(), sample)
+        self.waiting.append(request)
+        return request
+
+    def step(self) -> list[Request]:
+        """Decode one token of each running row, then admit waiting requests and compute some of their prompts.
+
+        Returns:
+            The requests that got a token or ended.
+        """
+        with torch.inference_mode():
+            touched = self._decode()
+            ended = self._admit()
+            return touched + ended + self._prefill()
+
+    def cancel(self, request: Request) -> None:
+        """End a request where it stands, and free its slot; nothing happens to one that has ended."""
+        if request.done:
+            return
+        request.finish_reason = "cancelled"
+        if request.slot < 0:
+            self.waiting.remove(request)
+        else:
+            with torch.inference_mode():
+                self.slots.retire(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is waiting or running."""
+        return bool(self.waiting or self.slots.live)
+
+    def stats(self) -> dict[str, int]:
+        """Rows and tokens of the cache now; prompt_tokens (computed, not copied) and generated_tokens from the start."""
+        live = self.slots.live
+        return {
+            "running": len(live),
+            "waiting": len(self.waiting),
+            "slots": self.slots.num_slots,
+            "cache_tokens_used": sum(row.length for row in live),
+            "cache_tokens_total": self.slots.max_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+        }
+
+    def release(self) -> None:
+        """Give the cache's memory back, and forget what ended rows left in it. Only while not busy."""
+        assert not self.busy
+        self.slots.release()
+
+    # Whole answers ------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -85,21 +144,22 @@ class Engine:
         Raises:
             InputError: an empty or too long prompt, or a setting out of range.
         """
-        _check_sampling(temperature, top_k)
-        if num_samples < 1:
-            raise InputError(f"num_samples must be at least 1, got {num_samples}")
-        rows = self._rows([tokens] * num_samples, max_tokens, seed)
-        return self._columns(rows, temperature, top_k)
+        rows = self._requests(_repeat(tokens, num_samples), max_tokens, Sampling(temperature, top_k, seed=seed))
+        return self._columns(rows)
 
-    def _columns(
-        self, rows: list[Row], temperature: float, top_k: int | None
-    ) -> Generator[tuple[list[int], list[int]], None, None]:
-        column = 0
-        for _ in self._decode(rows, temperature, top_k, slots=len(rows)):
-            fresh = [len(row.ids) > column for row in rows]
-            masks = [row.mask[-1] if new else 0 for row, new in zip(rows, fresh, strict=True)]
-            column += 1
-            yield [row.ids[-1] for row in rows], masks
+    def _columns(self, rows: list[Request]) -> Generator[tuple[list[int], list[int]], None, None]:
+        self.waiting.extend(rows)
+        try:
+            for column in range(max(row.budget for row in rows)):
+                while any(not row.done and len(row.ids) <= column for row in rows):
+                    self.step()
+                fresh = [len(row.ids) > column for row in rows]
+                if not any(fresh):
+                    return
+                ids = [row.ids[column] if new else row.ids[-1] for row, new in zip(rows, fresh, strict=True)]
+                yield ids, [row.mask[column] if new else 0 for row, new in zip(rows, fresh, strict=True)]
+        finally:
+            self._leave(rows)
 
     def generate_batch(
         self,
@@ -114,9 +174,8 @@ class Engine:
 
         Masks are 0 on the prompt and on what the tool wrote. For the arguments see generate().
         """
-        if num_samples < 1:
-            raise InputError(f"num_samples must be at least 1, got {num_samples}")
-        sequences, masks, _ = self.generate_many([tokens] * num_samples, max_tokens, temperature, top_k, seed)
+        prompts = _repeat(tokens, num_samples)
+        sequences, masks, _ = self.generate_many(prompts, max_tokens, temperature, top_k, seed)
         return sequences, masks
 
     def generate_many(
@@ -127,78 +186,155 @@ class Engine:
         top_k: int | None = None,
         seed: int = 42,
     ) -> tuple[list[list[int]], list[list[int]], list[int | None]]:
-        """Continue many prompts of any lengths; equal prompts share their prefill and get different samples.
+        """Continue many prompts of any lengths; what they begin with alike is computed once; equal ones get different
+        samples.
 
         Returns:
             (sequences, masks, ends), in the order of the prompts, as generate_batch() gives them; ends has the
             terminal token that a row ended by, or None for a row that ended for want of room.
         """
-        _check_sampling(temperature, top_k)
-        rows = self._rows(prompts, max_tokens, seed)
-        for _ in self._decode(rows, temperature, top_k, self._slots(rows)):
-            pass
-        sequences, masks = [], []
+        rows = self._requests(prompts, max_tokens, Sampling(temperature, top_k, seed=seed))
+        self.waiting.extend(rows)
+        try:
+            while not all(row.done for row in rows):
+                self.step()
+        finally:
+            self._leave(rows)
+        sequences, masks, ends = [], [], []
         for row in rows:
-            end = len(row.ids) - row.stopped
+            stopped = row.finish_reason == "stop"
+            end = len(row.ids) - stopped
             sequences.append([*row.prompt, *row.ids[:end]])
             masks.append([0] * len(row.prompt) + row.mask[:end])
-        return sequences, masks, [row.ids[-1] if row.stopped else None for row in rows]
+            ends.append(row.ids[-1] if stopped else None)
+        return sequences, masks, ends
 
-    def _rows(self, prompts: Sequence[Sequence[int]], max_tokens: int | None, seed: int) -> list[Row]:
+    def _leave(self, rows: list[Request]) -> None:
+        """After the rows, or in the middle of them; by the next call the weights may be others."""
+        for row in rows:
+            self.cancel(row)
+        if not self.busy:
+            self.release()
+
+    def _requests(self, prompts: Sequence[Sequence[int]], max_tokens: int | None, sampling: Sampling) -> list[Request]:
+        rows, seen = [], Counter[tuple[int, ...]]()
+        for tokens in prompts:
+            row = self._request(tokens, max_tokens, sampling, seen[tuple(tokens)])
+            seen[row.prompt] += 1
+            rows.append(row)
+        return rows
+
+    def _request(self, tokens: Sequence[int], max_tokens: int | None, sampling: Sampling, sample: int) -> Request:
         config = self.model.config
         if max_tokens is not None and max_tokens < 0:
             raise InputError(f"max_tokens must be at least 0, got {max_tokens}")
-        rows, seen = [], Counter[tuple[int, ...]]()
-        for tokens in prompts:
-            prompt = tuple(tokens)
-            if not prompt:
-                raise InputError("the prompt is empty; begin it with <|bos|>")
-            if len(prompt) > config.max_positions:
-                raise InputError(
-                    f"the prompt has {len(prompt)} tokens, more than the {config.max_positions} positions of "
-                    "this model; shorten it"
-                )
-            room = (config.sequence_len if max_tokens is None else config.max_positions) - len(prompt)
-            budget = max(0, room if max_tokens is None else min(room, max_tokens))
-            # Python's generator, seeded by text, gives the same numbers on every machine and version.
-            key = f"{seed}/{seen[prompt]}/".encode() + array("q", prompt).tobytes()
-            rows.append(Row(prompt, budget, random.Random(key)))
-            seen[prompt] += 1
+        prompt = tuple(tokens)
+        if not prompt:
+            raise InputError("the prompt is empty; begin it with <|bos|>")
+        if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
+            raise InputError(f"the prompt has ids that are not from 0 to {self.vocab_size - 1}, the tokenizer's")
+        if len(prompt) > config.max_positions:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens, more than the {config.max_positions} positions of "
+                "this model; shorten it"
+            )
+        room = (config.sequence_len if max_tokens is None else config.max_positions) - len(prompt)
+        budget = max(0, room if max_tokens is None else min(room, max_tokens))
+        if budget and len(prompt) + budget > self.slots.max_tokens:
+            raise InputError(
+                f"prompt and answer may come to {len(prompt) + budget} tokens, but the cache holds "
+                f"{self.slots.max_tokens}; ask for fewer max_tokens, or raise the engine's cache_bytes"
+            )
+        # Python's generator, seeded by text, gives the same numbers on every machine and version.
+        key = f"{sampling.seed}/{sample}/".encode() + array("q", prompt).tobytes()
+        return Request(prompt, budget, sampling, random.Random(key))
+
+    # A step -------------------------------------------------------------------------------------
+
+    def _decode(self) -> list[Request]:
+        """Feed each running row's last token, and write its next."""
+        rows = list(self.slots.running)
+        if not rows:
+            return []
+        cache = self.slots.view(rows, 1)
+        idx = torch.tensor([[row.ids[-1]] for row in rows]).to(self.model.device)
+        logits = self.model(idx, cache=cache)[:, -1]
+        for row in rows:
+            row.length += 1
+        self._write_next(rows, logits)
         return rows
 
-    def _slots(self, rows: list[Row]) -> int:
-        """How many rows may be in flight together if each grew to its full length."""
-        config = self.model.config
-        longest = max((len(row.prompt) + row.budget for row in rows), default=1)
-        width = config.n_layer * config.n_kv_head * config.head_dim
-        row_bytes = 2 * longest * width * self.model.compute_dtype.itemsize
-        return max(1, self.cache_bytes // row_bytes)
+    def _admit(self) -> list[Request]:
+        """Give waiting requests slots, in their order; returns those that have no token to get."""
+        ended = []
+        while self.waiting:
+            row = self.waiting[0]
+            if row.budget == 0:
+                row.finish_reason = "length"
+                ended.append(row)
+            elif not self.slots.take(row, len(self.waiting)):
+                break
+            self.waiting.popleft()
+        return ended
 
-    def _decode(self, rows: list[Row], temperature: float, top_k: int | None, slots: int) -> Iterator[None]:
-        """Write all rows, at most `slots` at a time; control comes back after every token column."""
-        waiting = deque(row for row in rows if row.budget > 0)
-        active: list[Row] = []  # the cache's rows, in its order; up to COMPACT_AT of them may be done
-        cache: KVCache | None = None
-        logits: Tensor | None = None
-        while active or waiting:
-            free = slots - len(active)
-            if waiting and (not active or free >= COMPACT_AT * slots):
-                new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                new_cache, new_logits = self._prefill([row.prompt for row in new])
-                cache = new_cache if cache is None else cache.join(new_cache)
-                logits = new_logits if logits is None else torch.cat((logits, new_logits))
-                active += new
-            assert logits is not None and cache is not None
-            logits = logits[:, : self.vocab_size]  # the model may have padding ids that mean nothing
-            sampled = sample(logits, temperature, top_k, [row.rng for row in active]).tolist()
-            for row, token in zip(active, sampled, strict=True):
-                if not row.done:
-                    self._write(row, token)
-            yield
-            active, cache = _drop_finished(active, cache)
-            logits = self._step(active, cache) if cache is not None else None
+    def _prefill(self) -> list[Request]:
+        """Compute some of the prompts; rows whose prompt is complete get their first token."""
+        filling = [row for row in self.slots.filling if row.source is None]
+        most = self.prefill_tokens if len(filling) == 1 else max(1, self.prefill_tokens // 2)  # leaves some for others
+        chunks, left = [], self.prefill_tokens
+        for row in filling:
+            if n := min(len(row.prompt) - row.length, most, left):
+                chunks.append((row, n))
+                left -= n
+        complete: list[Request] = []
+        logits: list[Tensor] = []
+        for group in self.slots.groups(chunks):
+            self._prefill_group(group, complete, logits)
+        if complete:
+            for row in complete:
+                self.slots.start(row)
+            self._write_next(complete, torch.cat(logits))
+        return complete
 
-    def _write(self, row: Row, sampled: int) -> None:
+    def _prefill_group(self, group: list[tuple[Request, int]], complete: list[Request], logits: list[Tensor]) -> None:
+        """Compute a chunk of each row, padded to the longest; what padding leaves behind a row's end is overwritten."""
+        rows, T = [row for row, _ in group], max(n for _, n in group)
+        idx = torch.zeros(len(rows), T, dtype=torch.int64)
+        for i, (row, n) in enumerate(group):
+            idx[i, :n] = torch.tensor(row.prompt[row.length : row.length + n])
+        x = self.model.features(idx.to(self.model.device), self.slots.view(rows, T))  # (B, T, C)
+        for row, n in group:
+            row.length += n
+            self.prompt_tokens += n
+        ends = [(i, n - 1) for i, (row, n) in enumerate(group) if row.length == len(row.prompt)]
+        place = {rows[i]: at for at, (i, _) in enumerate(ends)}
+        for row, source in self.slots.copy_shared():  # equal prompts get equal logits
+            place[row] = place[source]
+        if place:
+            i, at = torch.tensor(ends).T
+            complete += place
+            logits.append(self.model.logits(x[i, at])[list(place.values())])
+
+    def _write_next(self, rows: list[Request], logits: Tensor) -> None:
+        """Draw and write the next token of rows: (B, V) logits. Those that end by it leave."""
+        logits = logits[:, : self.vocab_size]  # the model may have padding ids that mean nothing
+        settings = [row.sampling for row in rows]
+        scores = logits
+        if any(s.repetition_penalty != 1 for s in settings):
+            scores = penalise(logits, *self.slots.tokens(rows), settings)
+        drawn = sample(scores, settings, [row.rng.random() for row in rows]).tolist()
+        for row, token in zip(rows, drawn, strict=True):
+            self._write(row, token)
+        if asking := [i for i, s in enumerate(settings) if s.logprobs is not None]:
+            written, counts = [rows[i].ids[-1] for i in asking], [settings[i].logprobs or 0 for i in asking]
+            for i, found in zip(asking, logprobs(logits[asking], written, counts), strict=True):
+                rows[i].logprobs.append(found)
+        self.generated_tokens += len(rows)
+        for row in reversed(rows):
+            if row.done:
+                self.slots.retire(row)
+
+    def _write(self, row: Request, sampled: int) -> None:
         """Append the row's next token: one that the tool forces, else the sampled one."""
         is_forced = bool(row.forced)
         token = row.forced.popleft() if is_forced else sampled
@@ -206,7 +342,9 @@ class Engine:
         row.ids.append(token)
         python_start, python_end, output_start, output_end = self.tool
         if token in self.terminal:
-            row.stopped = True
+            row.finish_reason = "stop"
+        elif len(row.ids) >= row.budget:
+            row.finish_reason = "length"
         elif token == python_start:
             row.call = []
         elif row.call is None:
@@ -219,83 +357,8 @@ class Engine:
         else:
             row.call.append(token)
 
-    @torch.inference_mode()
-    def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[KVCache, Tensor]:
-        """The cache of the prompts and the (B, V) logits after them; equal prompts are computed once."""
-        device = self.model.device
-        unique = sorted(dict.fromkeys(prompts), key=len, reverse=True)  # alike lengths: little padding
-        cache: KVCache | None = None
-        logits, at = [], 0
-        while at < len(unique):
-            T = len(unique[at])
-            chunk = unique[at : at + max(1, PREFILL_TOKENS // T)]
-            lengths = torch.tensor([len(prompt) for prompt in chunk])
-            idx = torch.zeros(len(chunk), T, dtype=torch.int64)
-            for i, prompt in enumerate(chunk):
-                idx[i, : len(prompt)] = torch.tensor(prompt)
-            part = self.model.new_cache(len(chunk), T)
-            x = self.model.features(idx.to(device), part)  # (B, T, C): no logits for positions inside prompts
-            part.lengths = lengths.to(device)  # what padding left beyond a row's length gets overwritten
-            logits.append(self.model.logits(x[torch.arange(len(chunk)), lengths - 1]))
-            cache = part if cache is None else cache.join(part)
-            at += len(chunk)
-        assert cache is not None
-        place = {prompt: i for i, prompt in enumerate(unique)}
-        rows = torch.tensor([place[prompt] for prompt in prompts], device=device)
-        return cache.select(rows), torch.cat(logits)[rows]
 
-    @torch.inference_mode()
-    def _step(self, active: list[Row], cache: KVCache) -> Tensor:
-        """Feed each row's last token; (B, V) logits of the next."""
-        longest = max(len(row.prompt) + len(row.ids) for row in active if not row.done)
-        if longest > cache.max_len:  # grows by half, so that the copies stay cheap beside the steps between
-            wider = min(longest + max(64, longest // 2), self.model.config.max_positions)
-            everything = cache.select(torch.arange(len(active), device=self.model.device), wider)
-            cache.k, cache.v, cache.tokens = everything.k, everything.v, everything.tokens
-        idx = torch.tensor([[row.ids[-1]] for row in active], device=self.model.device)
-        return self.model(idx, cache=cache)[:, -1]
-
-
-@torch.inference_mode()
-def _drop_finished(active: list[Row], cache: KVCache) -> tuple[list[Row], KVCache | None]:
-    """The rows that go on, with their cache. While few are done they stay, unused, to save the copy."""
-    alive = [i for i, row in enumerate(active) if not row.done]
-    finished = len(active) - len(alive)
-    if not alive:
-        return [], None
-    if finished >= COMPACT_AT * len(active):
-        rows = torch.tensor(alive, device=cache.lengths.device)
-        return [active[i] for i in alive], cache.select(rows)
-    if finished:  # from length 0 on they cannot run past the end of the cache before the others do
-        done = torch.tensor([row.done for row in active], device=cache.lengths.device)
-        cache.lengths = cache.lengths.masked_fill(done, 0)
-    return active, cache
-
-
-def _check_sampling(temperature: float, top_k: int | None) -> None:
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    if top_k is not None and top_k < 0:
-        raise InputError(f"top_k must be 0 (off) or more, got {top_k}")
-
-
-@torch.inference_mode()
-def sample(logits: Tensor, temperature: float, top_k: int | None, rngs: Sequence[random.Random]) -> Tensor:
-    """Draw one token a row: (B, V) logits -> (B,) int64.
-
-    By the inverse of the cumulative distribution, which needs a single random number a row: noise for each of
-    65,536 logits of 256 rows would cost more than a small model's forward.
-    """
-    if temperature < GREEDY_BELOW:
-        return logits.argmax(dim=-1)
-    ids = None
-    if top_k:
-        logits, ids = logits.topk(min(top_k, logits.size(-1)), dim=-1)
-    # fp32 sums of 65,536 terms are off by about the weight of a rare token; Apple's GPUs have no fp64
-    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
-    weights = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).exp()
-    cumulative = weights.to(dtype).cumsum(dim=-1)
-    uniform = torch.tensor([[rng.random()] for rng in rngs], dtype=dtype).to(logits.device)
-    choice = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    choice = choice.clamp(max=logits.size(-1) - 1)  # a uniform that rounds up to 1
-    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+def _repeat(tokens: Sequence[int], num_samples: int) -> list[Sequence[int]]:
+    if num_samples < 1:
+        raise InputError(f"num_samples must be at least 1, got {num_samples}")
+    return [tokens] * num_samples

@@ -325,7 +325,7 @@ class GPT(nn.Module):
             previous = F.pad(idx[:, :-1], (1, 0), value=-1)
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=idx.device)  # (B, T)
-            end = int(positions[:, -1].max()) + 1
+            end = T + (int(cache.lengths.max()) if cache.longest is None else cache.longest)
             self._check_span(end)
             slots = Slots(cache, positions, end)
             rope = (self.cos[positions][:, :, None], self.sin[positions][:, :, None])

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,59 +19,95 @@ if TYPE_CHECKING:
 
 
 class KVCache:
-    """Keys and values of a batch of rows, each row with its own length.
+    """Keys and values of rows, each with its own length; or of some rows of another cache, see `at()`.
 
-    k, v: (n_layer, B, max_len, H_kv, D), k with one slot more for what the last key passes on (`offset_keys`);
-    tokens: (B, max_len) int64, their ids; lengths: (B,) int64, tokens held per row.
+    k, v: per layer (rows, max_len, H_kv, D), k with one slot more for what the last key passes on (`offset_keys`);
+    tokens: (rows, max_len) int64, their ids; lengths: (B,) int64, tokens held per row.
+    longest: the largest of the lengths where the host knows it, so that nobody need wait for the device to tell.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device: Any, dtype: torch.dtype) -> None:
         self.has_offset_keys = config.has("offset_keys")
-        L, H, D = config.n_layer, config.n_kv_head, config.head_dim
-        self.k = torch.zeros(L, batch_size, max_len + 1, H, D, device=device, dtype=dtype)
-        self.v = torch.zeros(L, batch_size, max_len, H, D, device=device, dtype=dtype)
+        shape = (config.n_kv_head, config.head_dim)
+        layers = range(config.n_layer)
+        self.k = [torch.zeros(batch_size, max_len + 1, *shape, device=device, dtype=dtype) for _ in layers]
+        self.v = [torch.zeros(batch_size, max_len, *shape, device=device, dtype=dtype) for _ in layers]
         self.tokens = torch.zeros(batch_size, max_len, device=device, dtype=torch.int64)
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)
+        self.longest: int | None = None
+        self._take_rows(range(batch_size))
+
+    @staticmethod
+    def row_bytes(config: GPTConfig, max_len: int, dtype: torch.dtype) -> int:
+        """Of one row of a cache."""
+        return config.n_layer * (2 * max_len + 1) * config.n_kv_head * config.head_dim * dtype.itemsize + 8 * max_len
 
     @property
     def max_len(self) -> int:
-        return self.v.size(2)
+        return self.tokens.size(1)
 
-    def select(self, rows: Tensor, max_len: int | None = None) -> KVCache:
-        """A cache of the given rows (int64 indices, repeats allowed), widened to max_len if given."""
-        new = object.__new__(KVCache)
-        new.has_offset_keys = self.has_offset_keys
-        new.k, new.v = self.k[:, rows], self.v[:, rows]
-        new.tokens, new.lengths = self.tokens[rows], self.lengths[rows]
-        if max_len is not None and max_len > self.max_len:
-            pad = (0, 0, 0, 0, 0, max_len - self.max_len)
-            new.k, new.v, new.tokens = F.pad(new.k, pad), F.pad(new.v, pad), F.pad(new.tokens, pad[4:])
-        return new
+    def at(self, rows: Sequence[int], lengths: Sequence[int]) -> KVCache:
+        """The same memory as a cache of the given rows, of the given lengths. Neighbours cost no copy."""
+        view = copy.copy(self)
+        view.lengths = torch.tensor(lengths).to(self.tokens.device, non_blocking=True)
+        view.longest = max(lengths)
+        view._take_rows(rows)
+        return view
 
-    def join(self, other: KVCache) -> KVCache:
-        """A cache with the rows of both."""
-        width = max(self.max_len, other.max_len)
-        new, tail = (c.select(torch.arange(len(c.lengths), device=c.lengths.device), width) for c in (self, other))
-        new.k, new.v = torch.cat((new.k, tail.k), dim=1), torch.cat((new.v, tail.v), dim=1)
-        new.tokens, new.lengths = torch.cat((new.tokens, tail.tokens)), torch.cat((new.lengths, tail.lengths))
-        return new
+    def _take_rows(self, rows: Sequence[int]) -> None:
+        device, (first, last) = self.tokens.device, (rows[0], rows[-1]) if rows else (0, -1)
+        is_range = list(rows) == list(range(first, last + 1))
+        indices = torch.arange(first, last + 1, device=device) if is_range else torch.tensor(rows, device=device)
+        self._index = indices[:, None]
+        self._rows = slice(first, last + 1) if is_range else indices
+
+    def resize(self, rows: Sequence[int], num_rows: int, max_len: int) -> None:
+        """Keep the given rows, in their order, in a cache of another size; layer by layer, to need little memory."""
+        width = min(max_len, self.max_len)
+        kept = torch.tensor(rows, dtype=torch.int64, device=self.tokens.device)
+
+        def resized(x: Tensor, width: int, max_len: int) -> Tensor:
+            new = x.new_zeros(num_rows, max_len, *x.shape[2:])
+            new[: len(kept), :width] = x[kept, :width]
+            return new
+
+        for layer in range(len(self.k)):
+            self.k[layer] = resized(self.k[layer], width + 1, max_len + 1)
+            self.v[layer] = resized(self.v[layer], width, max_len)
+        self.tokens = resized(self.tokens, width, max_len)
+        self.lengths = torch.zeros(num_rows, device=self.tokens.device, dtype=torch.int64)
+        self._take_rows(range(num_rows))
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Give a row the first `length` tokens of another."""
+        for x, n in self._parts(length):
+            x[target, :n] = x[source, :n]
+
+    def swap_rows(self, a: int, b: int, length: int) -> None:
+        """Exchange the first `length` tokens of two rows."""
+        for x, n in self._parts(length):
+            held = x[a, :n].clone()
+            x[a, :n] = x[b, :n]
+            x[b, :n] = held
+
+    def _parts(self, length: int) -> list[tuple[Tensor, int]]:
+        """All that holds rows, and how much of it belongs to a row of that length."""
+        return [(self.tokens, length), *((k, length + 1) for k in self.k), *((v, length) for v in self.v)]
 
     def previous(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Keep the ids (B, T) that go to the (B, T) positions; returns the id before each, -1 before the first."""
-        rows = torch.arange(idx.size(0), device=idx.device)[:, None]
-        self.tokens[rows, positions] = idx
-        return torch.where(positions > 0, self.tokens[rows, positions - 1], -1)
+        self.tokens[self._index, positions] = idx
+        return torch.where(positions > 0, self.tokens[self._index, positions - 1], -1)
 
     def insert(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Write (B, T, H_kv, D) at each row's (B, T) positions; returns the layer's slots 0..end."""
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
         if self.has_offset_keys:  # see offset_keys(): the slow channels belong to the next token's key
             fast, slow = fast_and_slow(self.k[layer])
-            fast[rows, positions], slow[rows, positions + 1] = fast_and_slow(k)
+            fast[self._index, positions], slow[self._index, positions + 1] = fast_and_slow(k)
         else:
-            self.k[layer][rows, positions] = k
-        self.v[layer][rows, positions] = v
-        return self.k[layer][:, :end], self.v[layer][:, :end]
+            self.k[layer][self._index, positions] = k
+        self.v[layer][self._index, positions] = v
+        return self.k[layer][self._rows, :end], self.v[layer][self._rows, :end]
 
 
 @dataclass(frozen=True)

@@ -11,59 +11,23 @@ torch.set_num_threads(1)
 import pytest  # noqa: E402
 
 from nanochat.config import InputError  # noqa: E402
-from nanochat.engine import Engine, sample  # noqa: E402
-from nanochat.gpt import GPT  # noqa: E402
+from nanochat.engine import Engine  # noqa: E402
+from nanochat.sampling import Sampling  # noqa: E402
 from nanochat.scaling import ARCHS  # noqa: E402
-from nanochat.tools import calculate  # noqa: E402
-from tests.tiny_engine import ScriptedModel, scripted_engine, tiny_gpt, tiny_tokenizer  # noqa: E402
+from tests.tiny_engine import (  # noqa: E402
+    ScriptedModel,
+    naive_greedy,
+    scripted_engine,
+    special,
+    tiny_gpt,
+    tiny_tokenizer,
+    tool_lover,
+)
 
 TOKENIZER = tiny_tokenizer()
 V = TOKENIZER.get_vocab_size()
 BOS = TOKENIZER.get_bos_token_id()
 PROMPTS = [[BOS, *range(40, 40 + n)] for n in (0, 1, 5, 17, 30)]
-
-
-def special(name: str) -> int:
-    return TOKENIZER.encode_special(f"<|{name}|>")
-
-
-class ToolLover(GPT):
-    """A random model that writes tool calls, digits and signs, and sometimes stops."""
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        logits = super().logits(x)
-        liked = [special("python_start"), special("python_end"), *b"0123456789+-*"]
-        logits[..., liked] += 4.0
-        logits[..., special("assistant_end")] += 4.0
-        return logits
-
-
-def tool_lover(seed: int, arch: str = "plain") -> ToolLover:
-    model = tiny_gpt(V, seed=seed, arch=arch)
-    model.__class__ = ToolLover
-    return model  # type: ignore[return-value]
-
-
-def naive_greedy(model: GPT, prompt: list[int], max_tokens: int) -> tuple[list[int], list[int]]:
-    """Generation as one would write it first: no cache, one row, a full forward for each token."""
-    ids, mask, forced, call = list(prompt), [0] * len(prompt), [], None
-    for _ in range(max_tokens):
-        is_forced = bool(forced)
-        token = forced.pop(0) if is_forced else int(model(torch.tensor([ids]))[0, -1].argmax())
-        if token in (special("assistant_end"), BOS):
-            break
-        if token == special("python_start"):
-            call = []
-        elif token == special("python_end") and call is not None:
-            result = calculate(TOKENIZER.decode(call)) if call else None
-            if result is not None:
-                forced = [special("output_start"), *TOKENIZER.encode(result), special("output_end")]
-            call = None
-        elif call is not None:
-            call.append(token)
-        ids.append(token)
-        mask.append(0 if is_forced else 1)
-    return ids, mask
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -132,22 +96,6 @@ def test_every_row_draws_its_own_first_token():
     assert mask == [1] * 64
 
 
-def test_samples_follow_the_softmax():
-    import random
-
-    logits = torch.tensor([0.0, 1.0, 2.0]).expand(5_000, 3)
-    counts = torch.bincount(sample(logits, 2.0, None, [random.Random(i) for i in range(5_000)])) / 5_000
-    torch.testing.assert_close(counts, torch.softmax(logits[0] / 2, 0), atol=0.02, rtol=0)
-
-
-@pytest.mark.parametrize(("top_k", "possible"), [(None, {0, 1, 2}), (0, {0, 1, 2}), (2, {1, 2}), (99, {0, 1, 2})])
-def test_top_k_keeps_the_k_most_likely_and_0_is_off(top_k, possible):
-    import random
-
-    logits = torch.tensor([0.0, 1.0, 2.0]).expand(500, 3)
-    assert set(sample(logits, 1.0, top_k, [random.Random(i) for i in range(500)]).tolist()) == possible
-
-
 def test_a_tiny_temperature_is_greedy_and_a_negative_one_refused():
     engine = Engine(tiny_gpt(V), TOKENIZER)
     greedy = engine.generate_batch([BOS], 1, 10, temperature=0.0)
@@ -178,8 +126,7 @@ def test_equal_prompts_are_prefilled_once():
 def test_streamed_columns_repeat_a_finished_rows_last_token_unmasked():
     stop = special("assistant_end")
     engine = Engine(ScriptedModel({66: stop, 67: 68, 68: 69, 69: stop}, V), TOKENIZER)  # type: ignore[arg-type]
-    rows = engine._rows([[66], [67]], None, 0)
-    columns = list(engine._columns(rows, 0.0, None))
+    columns = list(engine._columns([engine._request([i], None, Sampling(0.0), 0) for i in (66, 67)]))
     assert columns == [([stop, 68], [1, 1]), ([stop, 69], [0, 1]), ([stop, stop], [0, 1])]
 
 

@@ -226,18 +226,23 @@ def test_rows_of_different_lengths_in_one_padded_batch_go_on_as_if_each_were_alo
 
 @pytest.mark.parametrize("arch", ARCHS)
 @torch.no_grad()
-def test_selected_rows_of_a_cache_go_on_alone_and_leave_the_original_as_it_was(arch):
-    model, idx = tiny_gpt(arch=arch), some_ids(2, 8)
-    cache = model.new_cache(batch_size=2, max_len=5)
-    model(idx[:, :5], cache=cache)
-    twice = cache.select(torch.tensor([1, 1, 0]), max_len=8)
-    assert (cache.max_len, twice.max_len) == (5, 8)
-    other = idx[1:, 5:].flip(1)
-    cached = model(torch.cat((idx[1:, 5:], other, idx[:1, 5:])), cache=twice)
-    full = model(torch.cat((idx[1:], torch.cat((idx[1:, :5], other), dim=1), idx[:1])))
-    torch.testing.assert_close(cached, full[:, 5:], rtol=1e-5, atol=1e-5)
-    assert cache.lengths.tolist() == [5, 5]
-    torch.testing.assert_close(cache.k, cache.select(torch.tensor([0, 1])).k)
+def test_rows_of_a_cache_can_be_copied_swapped_and_moved_to_a_larger_one(arch):
+    model, idx = tiny_gpt(arch=arch), some_ids(3, 8)
+    cache = model.new_cache(batch_size=3, max_len=5)
+    model(idx[:2, :5], cache=cache.at([0, 1], [0, 0]))
+    cache.copy_row(0, 2, 3)  # the first 3 tokens of row 0 ...
+    cache.swap_rows(0, 1, 5)
+    cache.resize([2, 0, 1], num_rows=5, max_len=9)
+    assert cache.max_len == 9
+    rows = torch.cat((torch.cat((idx[:1, :3], idx[2:, 3:]), dim=1), idx[1:2], idx[:1]))  # ... and others behind them
+    full = model(rows)
+    head = model(rows[:1, 3:5], cache=cache.at([0], [3]))
+    torch.testing.assert_close(head, full[:1, 3:5], rtol=1e-5, atol=1e-5)
+    # rows that lie apart, in any order
+    cached = model(rows[[2, 0], 5:], cache=cache.at([2, 0], [5, 5]))
+    torch.testing.assert_close(cached, full[[2, 0], 5:], rtol=1e-5, atol=1e-5)
+    cached = model(rows[1:2, 5:], cache=cache.at([1], [5]))
+    torch.testing.assert_close(cached, full[1:2, 5:], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
