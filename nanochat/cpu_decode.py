@@ -20,7 +20,6 @@ from nanochat.quantize import Int8Linear
 
 # What torch's own threads start by, if its OpenMP is GCC's or one that has this name too.
 OPENMP = ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", 0), ctypes.c_void_p).value or 0
-MAX_ROWS = 16  # with more, torch's matrix products, whose tiles these kernels do not have, are as fast
 
 
 class CPUDecoder:
@@ -83,8 +82,9 @@ class CPUDecoder:
         return logits.add_(LOGIT_CAP.shift).div_(LOGIT_CAP.scale).tanh_().mul_(LOGIT_CAP.cap)
 
     def _attend(self, i: int, qkv: Tensor, positions: Tensor, cache: KVCache, y: Tensor) -> None:
-        k, v = cache.k[i], cache.v[i]
-        assert k[0].is_contiguous() and v[0].is_contiguous() and len(k) >= len(positions) <= len(v)
+        k, v = cache.k[i][cache.rows], cache.v[i][cache.rows]
+        assert isinstance(cache.rows, slice), "only neighbours can be written to where they are"
+        assert k.is_contiguous() and v.is_contiguous() and len(k) == len(v) == len(positions)
         self.layers[i].attention(
             str(k.dtype).removeprefix("torch."),
             qkv.data_ptr(),

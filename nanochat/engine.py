@@ -9,6 +9,7 @@ import random
 from array import array
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,10 +21,14 @@ from nanochat.slots import Request, SlotTable
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import calculate
 
+if TYPE_CHECKING:
+    from nanochat.cpu_decode import CPUDecoder
+
 TERMINAL = ("<|assistant_end|>", "<|bos|>")
 TOOL = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 CACHE_BYTES = 8 << 30  # of keys and values
 MAX_ROWS = 256  # at once: their logits, in fp32 and as sums in fp64, take 1 MB each at 65,536 ids
+CPU_ROWS = 64  # more rows are as fast by torch's own matrix products
 # Of prompts in one step, for which running rows wait with their next token; fewer leave the matmuls short.
 PREFILL_TOKENS = {"cpu": 256, "cuda": 4096}
 
@@ -45,6 +50,7 @@ class Engine:
         self.terminal.add(tokenizer.get_bos_token_id())
         # A tokenizer without tool tokens (GPT-2's) has no tool.
         self.tool = [tokenizer.encode_special(t) for t in TOOL] if specials.issuperset(TOOL) else [-1] * 4
+        self.cpu_decoder = _cpu_decoder(model)
         self.prefill_tokens = PREFILL_TOKENS.get(model.device.type, 1024)
         self.slots = SlotTable(model, cache_bytes, MAX_ROWS)
         self.waiting: deque[Request] = deque()
@@ -100,7 +106,7 @@ class Engine:
         return bool(self.waiting or self.slots.live)
 
     def stats(self) -> dict[str, int]:
-        """Rows and tokens of the cache now; prompt_tokens (computed, not copied) and generated_tokens from the start."""
+        """Rows and tokens of the cache now; prompt_tokens (computed, not copied) and generated_tokens so far."""
         live = self.slots.live
         return {
             "running": len(live),
@@ -257,8 +263,11 @@ class Engine:
         if not rows:
             return []
         cache = self.slots.view(rows, 1)
-        idx = torch.tensor([[row.ids[-1]] for row in rows]).to(self.model.device)
-        logits = self.model(idx, cache=cache)[:, -1]
+        idx = torch.tensor([row.ids[-1] for row in rows]).to(self.model.device)
+        if self.cpu_decoder is not None and len(rows) <= CPU_ROWS:
+            logits = self.cpu_decoder.step(idx, cache)
+        else:
+            logits = self.model(idx[:, None], cache=cache)[:, -1]
         for row in rows:
             row.length += 1
         self._write_next(rows, logits)
@@ -356,6 +365,14 @@ class Engine:
             row.call = None
         else:
             row.call.append(token)
+
+
+def _cpu_decoder(model: GPT) -> CPUDecoder | None:
+    if model.device.type != "cpu" or type(model) is not GPT:  # a subclass may compute something else
+        return None
+    from nanochat.cpu_decode import CPUDecoder  # other machines need not have built its kernels
+
+    return CPUDecoder(model)
 
 
 def _repeat(tokens: Sequence[int], num_samples: int) -> list[Sequence[int]]:

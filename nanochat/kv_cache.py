@@ -23,6 +23,7 @@ class KVCache:
 
     k, v: per layer (rows, max_len, H_kv, D), k with one slot more for what the last key passes on (`offset_keys`);
     tokens: (rows, max_len) int64, their ids; lengths: (B,) int64, tokens held per row.
+    rows: which of the memory's rows they are, a slice where they are neighbours;
     longest: the largest of the lengths where the host knows it, so that nobody need wait for the device to tell.
     """
 
@@ -59,7 +60,7 @@ class KVCache:
         is_range = list(rows) == list(range(first, last + 1))
         indices = torch.arange(first, last + 1, device=device) if is_range else torch.tensor(rows, device=device)
         self._index = indices[:, None]
-        self._rows = slice(first, last + 1) if is_range else indices
+        self.rows = slice(first, last + 1) if is_range else indices
 
     def resize(self, rows: Sequence[int], num_rows: int, max_len: int) -> None:
         """Keep the given rows, in their order, in a cache of another size; layer by layer, to need little memory."""
@@ -107,7 +108,7 @@ class KVCache:
         else:
             self.k[layer][self._index, positions] = k
         self.v[layer][self._index, positions] = v
-        return self.k[layer][self._rows, :end], self.v[layer][self._rows, :end]
+        return self.k[layer][self.rows, :end], self.v[layer][self.rows, :end]
 
 
 @dataclass(frozen=True)
