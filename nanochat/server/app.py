@@ -14,11 +14,10 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Send
@@ -26,19 +25,16 @@ from starlette.types import Send
 from nanochat.config import InputError
 from nanochat.dialogue import AS_TOKENS, StreamingDecoder, fit_prompt, parse_content
 from nanochat.engine import Engine
+from nanochat.server.page import page_router
 
 log = logging.getLogger("nanochat.server")
 
-HERE = Path(__file__).parent
 MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8_000
 MAX_CONVERSATION_CHARS = 32_000
 TEMPERATURE = (0.0, 2.0)
 TOP_K = (0, 200)  # 0 = off
 MAX_TOKENS = (1, 4096)
-PAGE_POLICY = (  # the page is one file: nothing is loaded from anywhere else
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self'; connect-src 'self'"
-)
 
 
 class Message(BaseModel):
@@ -113,15 +109,7 @@ def create_app(workers: Sequence[Worker], sampling: Sampling | None = None) -> F
     pool = Pool(workers)
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.pool = pool
-
-    @app.get("/")
-    def page() -> FileResponse:
-        headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
-        return FileResponse(HERE / "page.html", media_type="text/html; charset=utf-8", headers=headers)
-
-    @app.get("/logo.svg")
-    def logo() -> FileResponse:
-        return FileResponse(HERE / "logo.svg", media_type="image/svg+xml")
+    app.include_router(page_router())
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
