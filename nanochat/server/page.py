@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
 STATIC = Path(__file__).parent / "static"
@@ -26,23 +27,18 @@ HEADERS = {
 }
 
 
+def page_files() -> dict[str, Path]:
+    """The file behind each path. They hold no secret, so a server with an API key serves them without it."""
+    files = {f"/static/{path.name}": path for path in sorted(STATIC.iterdir())}
+    return {"/": files["/static/page.html"], "/logo.svg": files["/static/logo.svg"], **files}
+
+
 def page_router() -> APIRouter:
-    """`/`, `/logo.svg` and `/static/NAME`. They hold no secret, so they are served without an API key."""
-    files = {path.name: path for path in STATIC.iterdir()}
     router = APIRouter(include_in_schema=False)
-
-    @router.get("/static/{name}")
-    def static(name: str) -> FileResponse:
-        if name not in files:
-            raise HTTPException(404)
-        return FileResponse(files[name], media_type=MEDIA_TYPES[files[name].suffix], headers=HEADERS)
-
-    @router.get("/")
-    def page() -> FileResponse:
-        return static("page.html")
-
-    @router.get("/logo.svg")
-    def logo() -> FileResponse:
-        return static("logo.svg")
-
+    for path, file in page_files().items():
+        router.add_api_route(path, _answer(file), response_class=FileResponse)
     return router
+
+
+def _answer(file: Path) -> Callable[[], FileResponse]:
+    return lambda: FileResponse(file, media_type=MEDIA_TYPES[file.suffix], headers=HEADERS)

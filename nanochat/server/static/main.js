@@ -5,7 +5,7 @@ import { commands } from "./commands.js";
 import { el, icon } from "./dom.js";
 import { openSettings, showTheme, toggleTheme } from "./settings.js";
 import { ask, download, drawList } from "./sidebar.js";
-import { checkHealth, loadModel, served, setReachable } from "./reach.js";
+import { checkHealth, loadModel, setReachable } from "./reach.js";
 import { ApiError, chat } from "./stream.js";
 import { AnswerView, fit, isSend, UserView } from "./view.js";
 
@@ -121,7 +121,7 @@ function finish(conversation, reply, controller) {
 
 function request(conversation) {
   const { temperature, top_k, top_p, max_tokens, seed } = settings;   // undefined: the server's
-  return { model: served?.id, messages: store.messages(conversation), temperature, top_k, top_p, max_tokens, seed };
+  return { messages: store.messages(conversation), temperature, top_k, top_p, max_tokens, seed };
 }
 
 /** Put a chunk into the reply; true if it brought text. */
