@@ -120,6 +120,22 @@ def test_edit_and_send_again(chat, api):
     assert api.requests[-1]["messages"] == [{"role": "user", "content": "uno"}]
 
 
+def test_a_message_edited_meanwhile_ends_its_answer(chat, api):
+    gate = threading.Event()
+    api.will_say("slow", gate, "late")
+    chat.start("one")
+    expect(chat.answer.locator(".body")).to_have_text("slow")
+    chat.page.get_by_role("article", name="You").hover()
+    chat.button("Edit and send again").click()
+    chat.page.get_by_role("textbox", name="Edited message").fill("two")
+    chat.page.keyboard.press("Enter")
+    expect(chat.answer.locator(".body")).to_have_text("You said: two")
+    assert api.left == 1
+    gate.set()
+    chat.send("three")
+    assert [m["content"] for m in api.requests[-1]["messages"]] == ["two", "You said: two", "three"]
+
+
 def test_copying_gives_the_text_as_it_was_written(chat, api):
     chat.context.grant_permissions(["clipboard-read", "clipboard-write"])
     api.will_say("**Run** this:\n```sh\nls  -l <x>\n```")

@@ -182,7 +182,7 @@ def test_nonsense_in_the_storage_is_passed_over(chat):
     chat.send("good")
     chat.page.evaluate("""() => {
         localStorage.setItem("nanochat.conversation.a", "{");
-        localStorage.setItem("nanochat.conversation.b", '{"id": "b", "title": 1, "messages": [null]}');
+        localStorage.setItem("nanochat.conversation.b", '{"id": "b", "title": "b", "system": "", "messages": [null]}');
         localStorage.setItem("nanochat.settings", "[1]");
     }""")
     chat.page.reload()
@@ -297,7 +297,7 @@ def contrast(one: str, other: str) -> float:
 def test_the_page_scrolls_with_the_answer_unless_the_user_has_scrolled_up(chat, api):
     gate = threading.Event()
     lines = [f"line {i}\n\n" for i in range(40)]
-    api.will_say(*lines, gate, *lines, "end")
+    api.will_say(*lines, gate, *lines, 0.2, "end")
     chat.start("hi")
     distance = "node => node.scrollHeight - node.scrollTop - node.clientHeight"
     scroll = chat.page.locator("#scroll")
