@@ -6,7 +6,7 @@ What the tests photograph goes to tests/screenshots/.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +96,25 @@ def is_error(message: ConsoleMessage) -> bool:
 
 
 @pytest.fixture
-def chat(browser: Browser, api: FakeApi) -> Iterator[Chat]:
-    yield from chatting(browser, api)
+def open_page(browser: Browser) -> Iterator[Callable[..., Chat]]:
+    """`open_page(url, **device)`; in the end no page may have had an error or an alert."""
+    opened: list[Chat] = []
+
+    def open_page(url: str, **device: Any) -> Chat:
+        opened.append(Chat(browser, url, **device))
+        return opened[-1]
+
+    yield open_page
+    for chat in opened:
+        chat.context.close()
+    assert [error for chat in opened for error in chat.errors] == []
 
 
 @pytest.fixture
-def phone(browser: Browser, api: FakeApi) -> Iterator[Chat]:
-    yield from chatting(browser, api, **PHONE)
+def chat(open_page: Callable[..., Chat], api: FakeApi) -> Chat:
+    return open_page(api.url)
 
 
-def chatting(browser: Browser, api: FakeApi, **device: Any) -> Iterator[Chat]:
-    chat = Chat(browser, api.url, **device)
-    yield chat
-    chat.context.close()
-    assert chat.errors == []
+@pytest.fixture
+def phone(open_page: Callable[..., Chat], api: FakeApi) -> Chat:
+    return open_page(api.url, **PHONE)
