@@ -75,7 +75,7 @@ function toBottom() {
 /** Have an answer written to what the conversation holds, to its end or to the user's stop. */
 async function answer(conversation) {
   const controller = new AbortController();
-  const reply = { role: "assistant", content: [], tokens: 0 };
+  const reply = { role: "assistant", content: [] };
   const body = request(conversation);
   conversation.messages.push(reply);
   conversation.updated = Date.now();
@@ -138,7 +138,6 @@ function take(reply, chunk) {
     if (last?.type === type) last.text += text;
     else reply.content.push({ type, text });
   }
-  if (pieces.length) reply.tokens += 1;
   return pieces.length > 0;
 }
 

@@ -121,16 +121,15 @@ function plainText(message) {
   return message.content.filter((part) => part.type === "text").map((part) => part.text).join("");
 }
 
-function stats({ tokens, usage, seconds, wait }) {
-  const count = usage?.completion_tokens ?? tokens;
-  if (!count) return "";
-  const shown = [`${usage ? "" : "about "}${count} ${count === 1 ? "token" : "tokens"}`];
+/** The server counts the tokens; of an answer that was stopped or broke off, nobody knows. */
+function stats({ usage, seconds, wait }) {
+  if (!usage) return "";
+  const count = usage.completion_tokens;
+  const shown = [`${count} ${count === 1 ? "token" : "tokens"}`];
   if (seconds >= 0.1) shown.push(`${((count - 1) / seconds).toFixed(1)} tokens/s`);
   if (wait) shown.push(`first after ${wait.toFixed(2)} s`);
-  if (usage) {
-    const cached = usage.prompt_tokens_details?.cached_tokens;
-    shown.push(`prompt ${usage.prompt_tokens}${cached ? ` (${cached} cached)` : ""}`);
-  }
+  const cached = usage.prompt_tokens_details?.cached_tokens;
+  shown.push(`prompt ${usage.prompt_tokens}${cached ? ` (${cached} cached)` : ""}`);
   return shown.map((text) => text.replaceAll(" ", "\u00a0")).join(" · ");   // lines break between them
 }
 
