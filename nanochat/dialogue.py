@@ -97,7 +97,9 @@ class StopStrings:
             self.stopped, self.held = True, ""
             return text[: min(found)[1]]
         longest = min(len(text), max(map(len, self.stops)) - 1)
-        keep = next((n for n in range(longest, 0, -1) if text.endswith(tuple(s[:n] for s in self.stops if len(s) > n))), 0)
+        keep = next(
+            (n for n in range(longest, 0, -1) if text.endswith(tuple(s[:n] for s in self.stops if len(s) > n))), 0
+        )
         shown, self.held = text[: len(text) - keep], text[len(text) - keep :]
         return shown
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanochat.config import InputError
-from nanochat.engine import Engine, Request, TokenLogprob
-from nanochat.sampling import Sampling
+from nanochat.engine import Engine
+from nanochat.sampling import Sampling, TokenLogprobs
 from nanochat.server.errors import ApiError
+from nanochat.slots import Request
 
 log = logging.getLogger("nanochat.server")
 
@@ -47,7 +48,7 @@ class News(NamedTuple):
 
     job: Job
     ids: list[int]
-    logprobs: list[TokenLogprob]
+    logprobs: list[TokenLogprobs]
     cached_tokens: int = 0
     finish_reason: str | None = None
     error: ApiError | None = None
@@ -67,6 +68,7 @@ class EngineLoop:
         self.jobs: dict[int, Job] = {}  # by the id() of their requests
         self.touched: dict[int, Job] = {}  # have something that was not handed over
         self.handed_over = 0.0
+        self.stats = engine.stats()  # after the last step; the engine itself is the thread's alone
         self.inbox: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
@@ -88,19 +90,19 @@ class EngineLoop:
     # ---- in the thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._obey():
-            if not self.engine.busy:
-                continue
+        while True:
             try:
-                progressed = self.engine.step()
+                if not self._obey():
+                    return
+                if self.engine.busy:
+                    progressed = self.engine.step()
+                    self.stats = self.engine.stats()
+                    self._hand_over(progressed)
+                else:
+                    self.stats = self.engine.stats()
             except Exception:
                 log.exception("the engine failed; its %d answers are given up", len(self.jobs))
                 self._give_up()
-                continue
-            for request in progressed:
-                if job := self.jobs.get(id(request)):
-                    self.touched[id(request)] = job
-            self._hand_over()
 
     def _obey(self) -> bool:
         """Do what was asked for; waits while there is nothing to write. False = end."""
@@ -115,7 +117,9 @@ class EngineLoop:
                     self._submit(job)
                 elif job.request is not None and id(job.request) in self.jobs:
                     self.engine.cancel(job.request)
-                    self._tell([self._end(job, News(job, [], [], finish_reason="cancelled"))])
+                    del self.jobs[id(job.request)]
+                    self.touched.pop(id(job.request), None)
+                    self._tell([News(job, [], [], finish_reason="cancelled")])
         return True
 
     def _submit(self, job: Job) -> None:
@@ -130,37 +134,36 @@ class EngineLoop:
             job.request = request
             self.jobs[id(request)] = job
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, progressed: Sequence[Request]) -> None:
+        for one in progressed:
+            if job := self.jobs.get(id(one)):
+                self.touched[id(one)] = job
         now = time.perf_counter()
         is_due = now - self.handed_over >= PAUSE_SECONDS * len(self.jobs)
         news = []
         for key, job in list(self.touched.items()):
             request = job.request
             assert request is not None
-            if is_due or not job.seen or request.finish_reason:
-                new = slice(job.seen, len(request.ids))
-                job.seen = new.stop
-                item = News(
-                    job, request.ids[new], request.logprobs[new], request.cached_tokens, request.finish_reason
-                )
-                news.append(self._end(job, item) if item.is_last else item)
-                del self.touched[key]
+            if not (is_due or not job.seen or request.finish_reason):
+                continue
+            del self.touched[key]
+            if request.finish_reason:
+                del self.jobs[key]
+            new = slice(job.seen, len(request.ids))
+            job.seen = new.stop
+            ids, logprobs = request.ids[new], request.logprobs[new]
+            news.append(News(job, ids, logprobs, request.cached_tokens, request.finish_reason))
         if is_due:
             self.handed_over = now
         self._tell(news)
 
-    def _end(self, job: Job, last: News) -> News:
-        self.jobs.pop(id(job.request), None)
-        self.touched.pop(id(job.request), None)
-        return last
-
     def _give_up(self) -> None:
-        """After an error nothing is known of the engine's state: another one, empty, goes on with the same model."""
-        old, jobs = self.engine, list(self.jobs.values())
+        """After an error nothing is known of the engine's state, so it begins anew."""
+        news = [News(job, [], [], error=engine_error()) for job in self.jobs.values()]
         self.jobs.clear()
         self.touched.clear()
-        self._tell([News(job, [], [], error=engine_error()) for job in jobs])
-        self.engine = type(old)(old.model, old.tokenizer, old.cache_bytes)
+        self.engine.reset()
+        self._tell(news)
 
     def _tell(self, news: list[News]) -> None:
         if news:

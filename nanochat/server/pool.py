@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat.engine import Engine
+from nanochat.engine import MAX_ROWS, Engine
 from nanochat.server.engine_loop import EngineLoop, Job, News
 from nanochat.server.errors import ApiError
 
@@ -68,7 +68,7 @@ class Pool:
         self.max_queue = max_queue
         self.loops: list[EngineLoop] = []
         self.assigned = [0] * len(self.workers)
-        self.slots = [worker.engine.stats()["slots"] for worker in self.workers]
+        self.slots = [_slots(worker.engine) for worker in self.workers]
         self.queues: OrderedDict[str, deque[Generation]] = OrderedDict()
         self.running: dict[Job, tuple[int, Generation]] = {}
         self.open: set[Generation] = set()  # whose answer is not wholly sent
@@ -210,8 +210,13 @@ class Pool:
             "running": sum(self.assigned),
             "waiting": self.waiting,
             "open_requests": len(self.open),
-            "engines": [loop.engine.stats() for loop in self.loops],
+            "engines": [loop.stats for loop in self.loops],
         }
+
+
+def _slots(engine: Engine) -> int:
+    """Answers that an engine can write at once if each fills the context."""
+    return max(1, min(MAX_ROWS, engine.stats()["cache_tokens_total"] // engine.model.config.sequence_len))
 
 
 def shutting_down() -> ApiError:

@@ -89,7 +89,9 @@ class GenerationRequest(Strict):
 
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = Field(None, description="max_tokens' new name")
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = Field(
+        None, description="max_tokens' new name"
+    )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: Nothing | None = None
@@ -104,7 +106,9 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """`prompt` is raw text behind <|bos|>, or token ids as they are."""
 
-    prompt: Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: (
+        Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: Literal[False] | None = Field(None, description="not supported: false only")
     suffix: Annotated[Text, Field(max_length=0)] | None = Field(None, description="not supported: empty only")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from nanochat.dialogue import PartsDecoder, StopStrings
-from nanochat.engine import TokenLogprob
+from nanochat.sampling import TokenLogprobs
 from nanochat.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -15,7 +15,7 @@ Piece = tuple[str, str]  # (type of the part, text)
 
 
 class TokenText(NamedTuple):
-    """A token of the text, its logprob and those of the likeliest there; tokens are bytes, maybe of half a character."""
+    """A token of the text, its logprob and those of the likeliest; a token is bytes, maybe half a character."""
 
     token: bytes
     logprob: float
@@ -23,63 +23,63 @@ class TokenText(NamedTuple):
     offset: int  # characters of the text before it
 
 
-class ChoiceText:
-    """One answer. A stop string is looked for in its text, not in tool calls, and not across them."""
+class Choice:
+    """One answer as it is written. A stop string is looked for in its text, not in tool calls, and not across them."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], shown: Mapping[str, str] | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, index: int, stops: Sequence[str], shown: Mapping[str, str] | None = None
+    ) -> None:
+        self.tokenizer, self.index = tokenizer, index
         self.decoder = PartsDecoder(tokenizer, shown)
         self.stop = StopStrings(stops)
-        self.num_tokens = 0
+        self.reason: str | None = None  # why it has ended: "stop" or "length"
+        self.num_tokens = self.cached_tokens = 0
+        self.pieces: list[Piece] = []  # not yet taken
         self.length = 0  # characters of the text, those held back included
         self.shown = 0  # without them
-        self.waiting: list[TokenText] = []
+        self.logprobs: list[TokenText] = []  # of tokens whose text is not yet taken
 
-    @property
-    def stopped(self) -> bool:
-        return self.stop.stopped
-
-    def feed(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> list[Piece]:
-        """What these tokens add, a piece each; ends with the token that completes a stop string."""
-        pieces = []
+    def feed(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = (), reason: str | None = None) -> None:
+        """Tokens, and why they are the last. What comes behind a stop string is ignored."""
         for i, token in enumerate(ids):
-            self.num_tokens += 1
-            type_, text = self.decoder.feed(token)
-            if type_ == "text":
-                if logprobs and token not in self.decoder.text.special:
-                    self.waiting.append(self._token_text(token, logprobs[i]))
-                self.length += len(text)
-                text = self.stop.feed(text)
-                if self.decoder.type != "text":
-                    text += self.stop.flush()
-                self.shown += len(text)
-            if text:
-                pieces.append((type_, text))
-            if self.stopped:
+            if self.stop.stopped:
                 break
-        return pieces
+            self.num_tokens += 1
+            at = self.length
+            type_ = self._add(*self.decoder.feed(token))
+            if logprobs and type_ == "text" and token not in self.decoder.text.special:
+                self.logprobs.append(self._token_text(token, logprobs[i], at))
+            if self.decoder.type != type_ == "text":
+                self._show(self.stop.flush())  # a tool call begins
+        if reason and not self.stop.stopped:
+            self._add(*self.decoder.flush())
+            self._show(self.stop.flush())
+        self.reason = "stop" if self.stop.stopped else reason
 
-    def flush(self) -> list[Piece]:
-        """At the end: what was held back, and half a character."""
-        type_, text = self.decoder.flush()
+    def take(self) -> tuple[list[Piece], list[TokenText]]:
+        """What came since the last time: pieces, a token each, and the logprobs of tokens that begin in them."""
+        pieces, self.pieces = self.pieces, []
+        whole = not self.stop.stopped and self.shown == self.length
+        taken = [token for token in self.logprobs if whole or token.offset < self.shown]
+        self.logprobs = self.logprobs[len(taken) :]
+        return pieces, taken
+
+    def _add(self, type_: str, text: str) -> str:
         if type_ == "text":
             self.length += len(text)
-            text = self.stop.feed(text) + self.stop.flush()
+            self._show(self.stop.feed(text))
+        elif text:
+            self.pieces.append((type_, text))
+        return type_
+
+    def _show(self, text: str) -> None:
+        if text:
+            self.pieces.append(("text", text))
             self.shown += len(text)
-        return [(type_, text)] if text else []
 
-    def take_logprobs(self) -> list[TokenText]:
-        """Of the tokens that begin in what was shown since the last time."""
-        if not self.waiting:
-            return []
-        whole = not self.stopped and self.shown == self.length
-        taken = [token for token in self.waiting if whole or token.offset < self.shown]
-        self.waiting = [] if self.stopped else self.waiting[len(taken) :]
-        return taken
-
-    def _token_text(self, token: int, logprob: TokenLogprob) -> TokenText:
+    def _token_text(self, token: int, logprob: TokenLogprobs, at: int) -> TokenText:
         top = [(self._bytes(other), max(value, LEAST_LOGPROB)) for other, value in logprob.top]
-        return TokenText(self._bytes(token), max(logprob.logprob, LEAST_LOGPROB), top, self.length)
+        return TokenText(self._bytes(token), max(logprob.logprob, LEAST_LOGPROB), top, at)
 
     def _bytes(self, token: int) -> bytes:
         return self.tokenizer.decode_bytes([token])

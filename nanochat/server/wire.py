@@ -12,18 +12,10 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from nanochat.server.text import Piece, TokenText
+from nanochat.server.pool import Generation
+from nanochat.server.text import Choice, Piece, TokenText
 
 dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
-class Finished:
-    """A whole choice, for an answer that is not streamed."""
-
-    def __init__(self) -> None:
-        self.pieces: list[Piece] = []
-        self.logprobs: list[TokenText] = []
-        self.reason = ""
 
 
 class ChatWire:
@@ -47,15 +39,15 @@ class ChatWire:
         return chunks[0].removesuffix(self.tail) + dropped + self.tail + "".join(chunks[1:])
 
     def _chunk(self, index: int, content: str, logprobs: str = "null", reason: str = "null") -> str:
-        return (
-            f'{self.head}{{"index":{index},{content},"logprobs":{logprobs},"finish_reason":{reason}}}]{self.tail}'
-        )
+        return f'{self.head}{{"index":{index},{content},"logprobs":{logprobs},"finish_reason":{reason}}}]{self.tail}'
 
-    def pieces(self, index: int, pieces: Sequence[Piece], tokens: Sequence[TokenText]) -> str:
-        chunks = []
+    def pieces(self, choice: Choice) -> str:
+        """What is new of a choice, maybe nothing."""
+        chunks, index = [], choice.index
+        pieces, tokens = choice.take()
         logprobs = dumps(self._logprobs(tokens)) if tokens else "null"
-        for type_, group in groupby(pieces, key=lambda piece: piece[0]):
-            text = dumps("".join(text for _, text in group))
+        for type_, text in _joined(pieces):
+            text = dumps(text)
             if type_ == "text":
                 chunks.append(self._chunk(index, f'"delta":{{"content":{text}}}', logprobs))
                 logprobs = "null"
@@ -65,8 +57,8 @@ class ChatWire:
             chunks.append(self._chunk(index, '"delta":{}', logprobs))
         return "".join(chunks)
 
-    def finish(self, index: int, reason: str) -> str:
-        return self._chunk(index, '"delta":{}', reason=f'"{reason}"')
+    def finish(self, choice: Choice) -> str:
+        return self._chunk(choice.index, '"delta":{}', reason=f'"{choice.reason}"')
 
     def close(self, usage: dict[str, Any]) -> str:
         last = self.head + "]," + f'"usage":{dumps(usage)}}}\n\n' if self.with_usage else ""
@@ -75,23 +67,29 @@ class ChatWire:
     def error(self, body: dict[str, Any]) -> str:
         return f"data: {dumps(body)}\n\n"
 
-    def whole(self, choices: Iterable[Finished], usage: dict[str, Any]) -> dict[str, Any]:
-        made = [self._choice(i, choice) for i, choice in enumerate(choices)]
+    def whole(self, choices: Iterable[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+        """The object of an answer that is not streamed."""
         dropped = {"dropped_messages": self.dropped} if self.dropped else {}
-        return {**self._fields(self.whole_object), "choices": made, "usage": usage, **dropped}
-
-    def _choice(self, index: int, choice: Finished) -> dict[str, Any]:
-        parts = [
-            {"type": type_, "text": "".join(text for _, text in group)}
-            for type_, group in groupby(choice.pieces, key=lambda piece: piece[0])
-        ]
-        content = "".join(part["text"] for part in parts if part["type"] == "text")
         return {
-            "index": index,
-            "message": {"role": "assistant", "content": content, "parts": parts},
-            "logprobs": self._logprobs(choice.logprobs) if self.with_logprobs else None,
+            **self._fields(self.whole_object),
+            "choices": [self._choice(choice) for choice in choices],
+            "usage": usage,
+            **dropped,
+        }
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        pieces, tokens = choice.take()
+        return {
+            "index": choice.index,
+            **self._content(pieces),
+            "logprobs": self._logprobs(tokens) if self.with_logprobs else None,
             "finish_reason": choice.reason,
         }
+
+    def _content(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        parts = [{"type": type_, "text": text} for type_, text in _joined(pieces)]
+        content = "".join(text for type_, text in pieces if type_ == "text")
+        return {"message": {"role": "assistant", "content": content, "parts": parts}}
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any]:
         content = [
@@ -107,22 +105,18 @@ class CompletionWire(ChatWire):
     def begin(self, choices: int) -> str:
         return ""
 
-    def pieces(self, index: int, pieces: Sequence[Piece], tokens: Sequence[TokenText]) -> str:
+    def pieces(self, choice: Choice) -> str:
+        pieces, tokens = choice.take()
         if not pieces and not tokens:
             return ""
         text = dumps("".join(text for _, text in pieces))
-        return self._chunk(index, f'"text":{text}', dumps(self._logprobs(tokens)) if tokens else "null")
+        return self._chunk(choice.index, f'"text":{text}', dumps(self._logprobs(tokens)) if tokens else "null")
 
-    def finish(self, index: int, reason: str) -> str:
-        return self._chunk(index, '"text":""', reason=f'"{reason}"')
+    def finish(self, choice: Choice) -> str:
+        return self._chunk(choice.index, '"text":""', reason=f'"{choice.reason}"')
 
-    def _choice(self, index: int, choice: Finished) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": "".join(text for _, text in choice.pieces),
-            "logprobs": self._logprobs(choice.logprobs) if self.with_logprobs else None,
-            "finish_reason": choice.reason,
-        }
+    def _content(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        return {"text": "".join(text for _, text in pieces)}
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any]:
         return {
@@ -136,22 +130,30 @@ class CompletionWire(ChatWire):
 class PlainWire(ChatWire):
     """The reference's events, a token each."""
 
-    def __init__(self, gpu_id: int = 0) -> None:
+    def __init__(self, generation: Generation) -> None:
         super().__init__("")
-        self.gpu_id = gpu_id
+        self.generation = generation
 
     def begin(self, choices: int) -> str:
         return ""
 
-    def pieces(self, index: int, pieces: Sequence[Piece], tokens: Sequence[TokenText]) -> str:
-        events = [json.dumps({"token": text, "gpu": self.gpu_id}, ensure_ascii=False) for _, text in pieces]
+    def pieces(self, choice: Choice) -> str:
+        pieces, _ = choice.take()
+        events = [
+            json.dumps({"token": text, "gpu": self.generation.worker_id}, ensure_ascii=False) for _, text in pieces
+        ]
         return "".join(f"data: {event}\n\n" for event in events)
 
-    def finish(self, index: int, reason: str) -> str:
+    def finish(self, choice: Choice) -> str:
         return ""
 
     def close(self, usage: dict[str, Any]) -> str:
         return 'data: {"done": true}\n\n'
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Neighbours of one type as one."""
+    return [(type_, "".join(text for _, text in group)) for type_, group in groupby(pieces, key=lambda piece: piece[0])]
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
