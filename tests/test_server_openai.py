@@ -238,7 +238,7 @@ def test_by_flag_a_full_context_is_refused():
         ({"messages": [{"role": "user", "content": "x" * 500}]}, openai.BadRequestError, "context_length_exceeded"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, openai.BadRequestError, "invalid_literal_error"),
         ({"model": "gpt-9"}, openai.NotFoundError, "model_not_found"),
-        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "invalid_too_long"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "unsupported_parameter"),
     ],
 )
 def test_the_client_understands_the_errors(client, settings, error, code):

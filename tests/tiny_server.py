@@ -16,6 +16,7 @@ from nanochat.engine import Engine
 from nanochat.sampling import Sampling
 from nanochat.server.app import Settings, create_app
 from nanochat.server.pool import Worker
+from nanochat.server.stopping import StoppableServer
 from nanochat.slots import Request
 from tests.tiny_engine import TOKENIZER, special
 
@@ -77,10 +78,11 @@ class RecordingEngine:
 
 
 @contextmanager
-def serving(engine: Engine | RecordingEngine, **settings: Any) -> Iterator[httpx.Client]:
-    """A client of a server; its port is client.base_url's."""
+def running(engine: Engine | RecordingEngine, how: str, seconds: float, **settings: Any) -> Iterator[StoppableServer]:
+    """A server in a thread, whose handle_exit() does what a signal would."""
     app = create_app([Worker(0, engine)], Settings(**settings))  # type: ignore[arg-type]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none"))
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none")
+    server = StoppableServer(config, app.state.pool, how, seconds)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -88,11 +90,21 @@ def serving(engine: Engine | RecordingEngine, **settings: Any) -> Iterator[httpx
         while not server.started:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as client:
-            yield client
+        yield server
     finally:
         if isinstance(engine, RecordingEngine):
             engine.gate.set()
         server.should_exit = True
         thread.join(10)
+
+
+def client_of(server: uvicorn.Server) -> httpx.Client:
+    port = server.servers[0].sockets[0].getsockname()[1]
+    return httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False)
+
+
+@contextmanager
+def serving(engine: Engine | RecordingEngine, **settings: Any) -> Iterator[httpx.Client]:
+    """A client of a running server."""
+    with running(engine, "finish", 5, **settings) as server, client_of(server) as client:
+        yield client

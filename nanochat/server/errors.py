@@ -12,6 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from nanochat.server.schemas import UNSUPPORTED
+
 PLAIN_PATH = "/chat/completions"  # the reference's endpoint, whose errors are {"detail": ...}
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # 5xx: server_error; others: invalid_request_error
 
@@ -90,6 +92,8 @@ def _explain(error: Mapping[str, Any]) -> ApiError:
     # behind a field stand the names of the types that it might have had; a message has an index and fields of its own
     place = loc[1:4] if loc[1] == "messages" else loc[1:2]
     param = ".".join(str(part) for part in place)
+    if param in UNSUPPORTED:
+        return ApiError(400, f"{param} is not supported here; leave it out", param, "unsupported_parameter")
     message = str(error["msg"]).removeprefix("Value error, ")
     got = "" if error["type"] in ("missing", "value_error") else f", got {_brief(error.get('input'))}"
     return ApiError(400, f"{param}: {message}{got}", param=param, code=f"invalid_{error['type']}")

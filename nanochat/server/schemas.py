@@ -14,6 +14,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 MAX_CHOICES = 64  # answers of one request
 MAX_STOPS, MAX_STOP_CHARS = 16, 256
 MAX_TOP_LOGPROBS = 20
+UNSUPPORTED = (  # only the value that does nothing is taken
+    *("presence_penalty", "frequency_penalty", "logit_bias", "tools", "functions", "response_format"),
+    *("echo", "suffix", "best_of"),
+)
 
 
 def _is_text(text: str) -> str:
