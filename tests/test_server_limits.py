@@ -250,6 +250,23 @@ def test_clients_take_turns():
     assert order == "aaababaa"  # two were with the engine before the other came
 
 
+def test_replicas_share_the_work():
+    engines = [RecordingEngine(slots=2), RecordingEngine(slots=2)]
+    with serving(*engines, max_tokens=2) as client:
+        threads = [threading.Thread(target=ask, args=(client,)) for _ in range(4)]
+        for n, thread in enumerate(threads):
+            thread.start()
+            until(lambda n=n: stats(client)["open_requests"] == n + 1)
+        assert stats(client)["available_workers"] == 0
+        for engine in engines:
+            engine.gate.set()
+        for thread in threads:
+            thread.join(10)
+        plain = client.post("/chat/completions", json=HELLO).text
+        assert '"gpu": 0' in plain
+    assert [len(engine.prompts) for engine in engines] == [3, 2]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_engine_that_fails_answers_500_and_goes_on(stream, caplog):
     engine = RecordingEngine(slots=2)

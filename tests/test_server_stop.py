@@ -45,7 +45,7 @@ def engine_threads() -> list[threading.Thread]:
 
 def test_finish_answers_what_was_accepted_and_refuses_what_is_new():
     engine, answers = RecordingEngine(), []
-    with running(engine, "finish", 10, max_tokens=2) as server, client_of(server) as client:
+    with running([engine], "finish", 10, max_tokens=2) as server, client_of(server) as client:
         threads = [asking(client, answers) for _ in range(3)]
         until(lambda: client.get("/stats").json()["open_requests"] == 3)
         server.handle_exit(signal.SIGTERM, None)
@@ -65,7 +65,7 @@ def test_finish_answers_what_was_accepted_and_refuses_what_is_new():
 def test_cancel_ends_what_runs_and_waits_with_an_error():
     engine, answers = RecordingEngine(sequence_len=100_000), []
     engine.gate.set()
-    with running(engine, "cancel", 10, max_tokens=4000) as server, client_of(server) as client:
+    with running([engine], "cancel", 10, max_tokens=4000) as server, client_of(server) as client:
         threads = [asking(client, answers, stream=stream) for stream in (True, False, False, False)]
         until(lambda: client.get("/stats").json()["open_requests"] == 4 and engine.written > 5)
         server.handle_exit(signal.SIGINT, None)
@@ -80,7 +80,7 @@ def test_cancel_ends_what_runs_and_waits_with_an_error():
 def test_what_is_not_finished_in_time_is_cancelled():
     engine, answers = RecordingEngine(sequence_len=100_000), []
     engine.gate.set()
-    with running(engine, "finish", 0.2, max_tokens=4000) as server, client_of(server) as client:
+    with running([engine], "finish", 0.2, max_tokens=4000) as server, client_of(server) as client:
         thread = asking(client, answers)
         until(lambda: engine.written > 5)
         server.handle_exit(signal.SIGTERM, None)

@@ -78,9 +78,12 @@ class RecordingEngine:
 
 
 @contextmanager
-def running(engine: Engine | RecordingEngine, how: str, seconds: float, **settings: Any) -> Iterator[StoppableServer]:
+def running(
+    engines: Sequence[Engine | RecordingEngine], how: str, seconds: float, **settings: Any
+) -> Iterator[StoppableServer]:
     """A server in a thread, whose handle_exit() does what a signal would."""
-    app = create_app([Worker(0, engine)], Settings(**settings))  # type: ignore[arg-type]
+    workers = [Worker(i, engine) for i, engine in enumerate(engines)]  # type: ignore[arg-type]
+    app = create_app(workers, Settings(**settings))
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none")
     server = StoppableServer(config, app.state.pool, how, seconds)
     thread = threading.Thread(target=server.run)
@@ -92,8 +95,9 @@ def running(engine: Engine | RecordingEngine, how: str, seconds: float, **settin
             time.sleep(0.01)
         yield server
     finally:
-        if isinstance(engine, RecordingEngine):
-            engine.gate.set()
+        for engine in engines:
+            if isinstance(engine, RecordingEngine):
+                engine.gate.set()
         server.should_exit = True
         thread.join(10)
 
@@ -104,7 +108,7 @@ def client_of(server: uvicorn.Server) -> httpx.Client:
 
 
 @contextmanager
-def serving(engine: Engine | RecordingEngine, **settings: Any) -> Iterator[httpx.Client]:
+def serving(*engines: Engine | RecordingEngine, **settings: Any) -> Iterator[httpx.Client]:
     """A client of a running server."""
-    with running(engine, "finish", 5, **settings) as server, client_of(server) as client:
+    with running(engines, "finish", 5, **settings) as server, client_of(server) as client:
         yield client

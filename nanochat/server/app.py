@@ -266,8 +266,8 @@ class Server:
         dropped: int = 0,
         shown: Mapping[str, str] | None = None,
     ) -> AnswerResponse:
-        self.pool.submit(generation)
         choices = [Choice(self.tokenizer, i, stops, shown) for i in range(len(generation.jobs))]
+        self.pool.submit(generation)
         headers = {"X-Dropped-Messages": str(dropped)} if dropped else {}
         return AnswerResponse(
             self.pool, self.metrics, generation, choices, wire, stream, headers, self.settings.log_text

@@ -42,7 +42,8 @@ class Gate:
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 known = path if path in self.paths else "other"
-                self.metrics.requests.labels(known, scope["method"], message["status"]).inc()
+                method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
+                self.metrics.requests.labels(known, method, message["status"]).inc()
             await send(message)
 
         try:
@@ -76,7 +77,7 @@ class Gate:
             ClientGone: half of it came.
         """
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self.max_body_bytes:
+        if length.isdecimal() and (len(length) > 20 or int(length) > self.max_body_bytes):
             raise self._too_large()
         try:
             body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
