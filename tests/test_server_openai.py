@@ -230,6 +230,24 @@ def test_by_flag_a_full_context_is_refused():
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        *({"temperature": x} for x in (0, 5e-324, 1e-5, 1e-4, 2)),
+        *({"top_p": x} for x in (5e-324, 1e-9, 1)),
+        *({"min_p": x} for x in (5e-324, 1)),
+        *({"repetition_penalty": x} for x in (0.1, 10)),
+        *({"top_k": x} for x in (0, 1, 2**31 - 1)),
+        *({"seed": x} for x in (-(2**63), 2**63 - 1)),
+    ],
+)
+def test_the_ends_of_all_ranges_are_taken(client, settings):
+    settings = {"temperature": 1.0, **settings}
+    extra = {name: settings.pop(name) for name in list(settings) if name in ("top_k", "min_p", "repetition_penalty")}
+    made = client.completions.create(model="d2", prompt="12+", max_tokens=4, extra_body=extra, **settings)
+    assert 1 <= made.usage.completion_tokens <= 4
+
+
+@pytest.mark.parametrize(
     ("settings", "error", "code"),
     [
         ({"temperature": -1}, openai.BadRequestError, "invalid_greater_than_equal"),

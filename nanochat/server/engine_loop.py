@@ -40,7 +40,6 @@ class Job:
     request: Request | None = None
     seen: int = 0  # of the request's tokens, how many were handed over
     news: list[News] = field(default_factory=list)  # not yet read
-    done: bool = False
 
 
 class News(NamedTuple):

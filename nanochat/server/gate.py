@@ -39,11 +39,14 @@ class Gate:
             return
         path = scope["path"]
 
+        def count(status: int) -> None:
+            known = path if path in self.paths else "other"
+            method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
+            self.metrics.requests.labels(known, method, status).inc()
+
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                known = path if path in self.paths else "other"
-                method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
-                self.metrics.requests.labels(known, method, message["status"]).inc()
+                count(message["status"])
             await send(message)
 
         try:
@@ -62,7 +65,11 @@ class Gate:
         except ClientGone:
             pass
         else:
-            await self.app(scope, receive, counting)
+            try:
+                await self.app(scope, receive, counting)
+            except Exception:
+                count(500)  # answered outside of this
+                raise
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")

@@ -53,15 +53,22 @@ class AnswerResponse(Response):
         self.client_left = self.started = False
         self.first_token: float | None = None
         self.ids: list[list[int]] = [[] for _ in choices]  # only if they are to be logged
-        self.outcome = "disconnected"
+        self.outcome = "cut off"  # by the server's end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.ensure_future(self._watch(receive))
         try:
-            if self.is_stream:
-                await self._stream(send)
-            else:
-                await self._whole(send)
+            await self._answer(scope, receive, send)
+        except ClientLeft:
+            self.outcome = "disconnected"
+        finally:
+            watcher.cancel()
+            self.pool.release(self.generation)
+            self._record()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await (self._stream(send) if self.is_stream else self._whole(send))
             self.outcome = "+".join(sorted({str(choice.reason) for choice in self.choices}))
         except ApiError as error:
             self.outcome = f"error {error.status}"
@@ -69,12 +76,6 @@ class AnswerResponse(Response):
                 await self._send(send, self.wire.error(error.body()), more=False)
             else:
                 await error.response(scope["path"])(scope, receive, send)
-        except ClientLeft:
-            pass
-        finally:
-            watcher.cancel()
-            self.pool.release(self.generation)
-            self._record()
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
