@@ -12,6 +12,8 @@ from playwright.sync_api import expect
 
 from tasks.customjson import parse_line
 from tests.fake_api import CUT
+from tests.tiny_engine import TOKENIZER, scripted_engine, special
+from tests.tiny_server import END, START, serving
 
 pytest_plugins = ["tests.page_driver"]
 
@@ -356,3 +358,25 @@ def test_a_wanted_api_key_is_asked_for_and_kept_in_the_tab(chat, api):
     chat.send("again")
     expect(chat.answer.locator(".body")).to_have_text("You said: again")
     assert "sesame" not in json.dumps(chat.page.evaluate("({...localStorage})"))
+
+
+# ---- the real server --------------------------------------------------------------------------------------------
+
+
+def test_the_page_and_the_server_understand_each_other(open_page):
+    call = (special("python_start"), *b"6*7", special("python_end"), special("output_end"))
+    engine = scripted_engine(TOKENIZER, START, *b"So", *call, *b".", END)
+    with serving(engine, api_key="sesame", model="d8", temperature=0.0) as client:
+        chat = open_page(str(client.base_url))
+        chat.start("hi")
+        chat.page.get_by_role("textbox", name="Key").fill("sesame")
+        chat.page.keyboard.press("Enter")
+        expect(chat.answer.locator(".tool .call")).to_have_text("6*7")
+        expect(chat.answer.locator(".tool .result")).to_have_text("42")
+        expect(chat.answer.locator(".markdown")).to_have_text(["So", "."])
+        expect(chat.answer.locator(".stats")).to_contain_text("prompt")
+        expect(chat.page.locator("#model")).to_have_text("d8")
+        chat.send("x" * 30)
+        expect(chat.answer).to_contain_text("the oldest 2 messages were dropped")
+        chat.send("y" * 100)
+        expect(chat.answer.get_by_role("alert")).to_contain_text("context is 64")
