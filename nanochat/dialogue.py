@@ -25,6 +25,10 @@ _TOOL_PART = re.compile(
 )
 
 
+class ContextError(InputError):
+    """The prompt is too long for the model's context."""
+
+
 class StreamingDecoder:
     """Tokens in, text out, never half a character: bytes wait for the rest of theirs.
 
@@ -46,6 +50,63 @@ class StreamingDecoder:
     def flush(self) -> str:
         """At the end: bytes that never became a character, as U+FFFD."""
         return self.bytes.decode(b"", final=True)
+
+
+class PartsDecoder:
+    """Tokens in, pieces of a message's parts out (see chat.PARTS): tool calls and their outputs apart from the text,
+    or within it, if `shown` gives their tokens a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, shown: Mapping[str, str] | None = None) -> None:
+        self.text = StreamingDecoder(tokenizer, shown)
+        self.type = "text"
+        specials = tokenizer.get_special_tokens()
+        types = zip(TOOL, ("python", "text", "python_output", "text"), strict=True)
+        self.begins = {tokenizer.encode_special(name): type_ for name, type_ in types if name in specials and not shown}
+
+    def feed(self, token: int) -> tuple[str, str]:
+        """(type of the part, the text that this token adds to it, which may be "")."""
+        piece = self.type, self.text.feed(token)  # a tool's token first completes what stood before it
+        self.type = self.begins.get(token, self.type)
+        return piece
+
+    def flush(self) -> tuple[str, str]:
+        return self.type, self.text.flush()
+
+
+class StopStrings:
+    """Cuts a streamed text before the stop string that is complete first (of two that end together, the longer one).
+
+    What may be the beginning of a stop string is held back until the text shows whether it is.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if "" in stops:
+            raise InputError("a stop string must not be empty")
+        self.stops = tuple(stops)
+        self.held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """What may be shown; once `stopped`, nothing more."""
+        if self.stopped or not self.stops:
+            return "" if self.stopped else text
+        text = self.held + text
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)[1]]
+        longest = min(len(text), max(map(len, self.stops)) - 1)
+        keep = next(
+            (n for n in range(longest, 0, -1) if text.endswith(tuple(s[:n] for s in self.stops if len(s) > n))), 0
+        )
+        shown, self.held = text[: len(text) - keep], text[len(text) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """At the end: what was held back for nothing."""
+        held, self.held = self.held, ""
+        return held
 
 
 def parse_content(text: str) -> str | list[dict[str, str]]:
@@ -78,7 +139,7 @@ def fit_prompt(
         messages: role and content each, taking turns, the last one the user's.
 
     Raises:
-        InputError: the messages are malformed, or the last one alone does not fit.
+        InputError: the messages are malformed; ContextError: the last one alone does not fit.
     """
     if not messages or messages[-1]["role"] != "user":
         raise InputError("the last message must be the user's")
@@ -93,7 +154,7 @@ def fit_prompt(
     drop = bisect_left(range(last), True, key=lambda n: len(render(n)) <= context - reserve)
     ids = render(drop)
     if len(ids) >= context:
-        raise InputError(
+        raise ContextError(
             f"the message makes a prompt of {len(ids)} tokens, but this model's context is {context}; shorten it"
         )
     return ids, 2 * drop

@@ -123,6 +123,11 @@ class Engine:
         assert not self.busy
         self.slots.release()
 
+    def reset(self) -> None:
+        """Forget every request and the cache, in whatever state an error left them."""
+        self.waiting.clear()
+        self.slots.release()
+
     # Whole answers ------------------------------------------------------------------------------
 
     def generate(

@@ -47,6 +47,11 @@ def hub_dir() -> Path | None:
     return Path(name)
 
 
+def api_key() -> str | None:
+    """The key that clients of the chat server must have: NANOCHAT_API_KEY; None = none."""
+    return os.environ.get("NANOCHAT_API_KEY") or None
+
+
 def offer_tiktoken_cache() -> None:
     """Let tiktoken read its vocabularies from the hub mirror, unless TIKTOKEN_CACHE_DIR says where."""
     hub = hub_dir()

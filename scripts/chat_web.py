@@ -1,7 +1,9 @@
-"""Talk to a chat model in the browser.
+"""Talk to a chat model in the browser, or through OpenAI's API at /v1.
 
 python -m scripts.chat_web             # then open http://127.0.0.1:8000
 python -m scripts.chat_web -n 8 -i rl  # one replica per GPU
+
+With NANOCHAT_API_KEY set (or --api_key, which other users of the machine can see), clients must send that key.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 import uvicorn
 
-from nanochat import runtime
+from nanochat import checkpoint, environment, runtime
 from nanochat.config import InputError, flag, run_cli
 from nanochat.dialogue import load_engine
-from nanochat.server.app import Sampling, Worker, create_app
+from nanochat.server.app import Settings, create_app
+from nanochat.server.pool import Worker
+from nanochat.server.stopping import StoppableServer
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,39 @@ class ChatWebConfig:
     host: str = flag(
         "127.0.0.1", "address to listen on; unlike the reference (0.0.0.0, the whole network) this machine only"
     )
+    api_key: str | None = flag(None, "key that clients must send; better in NANOCHAT_API_KEY", off="")
+    context_limit: str = flag(
+        "drop", "a conversation longer than the context: drop its oldest turns, or refuse", choices=("drop", "refuse")
+    )
+    max_queue: int = flag(256, "answers that may wait; more are told to come back later")
+    max_body_bytes: int = flag(1 << 20, "size of a request")
+    shutdown: str = flag("finish", "accepted requests, at SIGTERM or Ctrl-C", choices=("finish", "cancel"))
+    shutdown_seconds: float = flag(30.0, "after which it is cancelled")
+    log_text: bool = flag(False, "prompts and answers in the log")
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
             raise InputError(f"--num_gpus must be at least 1, got {self.num_gpus}")
         if not 1 <= self.port <= 65535:
             raise InputError(f"--port must be from 1 to 65535, got {self.port}")
-        Sampling(self.temperature, self.top_k, self.max_tokens)  # refuses what is out of range
+        if not 0 <= self.shutdown_seconds < float("inf"):
+            raise InputError(f"--shutdown_seconds must be 0 or more, got {self.shutdown_seconds}")
+        settings(self, "")  # refuses what is out of range
+
+
+def settings(cfg: ChatWebConfig, model: str) -> Settings:
+    return Settings(
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        max_tokens=cfg.max_tokens,
+        max_queue=cfg.max_queue,
+        max_body_bytes=cfg.max_body_bytes,
+        drops_turns=cfg.context_limit == "drop",
+        api_key=cfg.api_key or environment.api_key(),
+        log_text=cfg.log_text,
+        model=model,
+        source=cfg.source,
+    )
 
 
 def load_workers(cfg: ChatWebConfig) -> list[Worker]:
@@ -63,10 +93,13 @@ def load_workers(cfg: ChatWebConfig) -> list[Worker]:
 
 
 def run(cfg: ChatWebConfig) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    app = create_app(load_workers(cfg), Sampling(cfg.temperature, cfg.top_k, cfg.max_tokens))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("nanochat.server").setLevel(logging.INFO)
+    model = checkpoint.find(cfg.source, cfg.model_tag, cfg.step).parent.name
+    app = create_app(load_workers(cfg), settings(cfg, model))
     print(f"nanochat: open http://{cfg.host}:{cfg.port}", flush=True)
-    uvicorn.run(app, host=cfg.host, port=cfg.port, log_level="warning")
+    config = uvicorn.Config(app, host=cfg.host, port=cfg.port, log_level="warning", access_log=False, ws="none")
+    StoppableServer(config, app.state.pool, cfg.shutdown, cfg.shutdown_seconds).run()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

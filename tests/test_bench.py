@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import ablate, common, gpu_suite, packed, results, time_to_bpb
+from bench import ablate, common, gpu_suite, packed, results, serve, time_to_bpb
 from bench import checkpoint as saving_bench
 from bench.ablate import Candidate, Pairs, judge, leave_one_out, neighbours, paired_p, t_two_sided
 from bench.common import Built, Plan, Setting
@@ -339,3 +339,10 @@ def test_the_cost_of_saving_is_the_difference_of_stretches_with_and_without_a_ch
     assert found["with"] == [2.0 * steps + copying for copying in found["copying"]]
     assert found["cost_percent"] == pytest.approx(100 * sum(found["copying"]) / (4.0 * steps))
     assert found["bytes"] > 0 and len(found["writing"]) == 2
+
+
+@pytest.mark.slow
+def test_the_server_under_load_makes_no_error_and_leaks_no_slot():
+    result = serve.run(serve.ServeConfig(clients=8, seconds=6, cut=0.3, max_tokens=24, depth=2))
+    assert result["errors"] == result["leaked_slots"] == 0
+    assert result["answers"] > 0 and result["cuts"] > 0 and result["tokens_per_second"] > 0

@@ -1,213 +1,274 @@
-"""The chat server: a page, a streaming chat endpoint, and one engine per GPU behind them.
+"""The chat server's routes: OpenAI's endpoints, the reference's, the page, and what there is to watch.
 
-Generation runs in threads, so the event loop stays free; a client that goes away stops its generation within a
-token. Only the page's own origin may call: no CORS headers are sent.
+Engines run in threads of their own (engine_loop.py), so the event loop stays free; a client that goes away ends its
+answer within a token (streaming.py). Only the page's own origin may call: no CORS headers are sent.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import closing
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, HTTPException
-from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import BaseModel
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Send
 
 from nanochat.config import InputError
-from nanochat.dialogue import AS_TOKENS, StreamingDecoder, fit_prompt, parse_content
-from nanochat.engine import Engine
+from nanochat.dialogue import AS_TOKENS
+from nanochat.sampling import Sampling
+from nanochat.server import openapi, schemas
+from nanochat.server.engine_loop import Job
+from nanochat.server.errors import ApiError, add_handlers
+from nanochat.server.gate import Gate
+from nanochat.server.metrics import Metrics
+from nanochat.server.page import page_router
+from nanochat.server.pool import Generation, Pool, Worker
+from nanochat.server.prompts import chat_ids, completion_ids, plain_turns, turns_of
+from nanochat.server.streaming import AnswerResponse
+from nanochat.server.text import Choice
+from nanochat.server.wire import ChatWire, CompletionWire, PlainWire
 
-log = logging.getLogger("nanochat.server")
-
-HERE = Path(__file__).parent
-MAX_MESSAGES = 500
-MAX_MESSAGE_CHARS = 8_000
-MAX_CONVERSATION_CHARS = 32_000
 TEMPERATURE = (0.0, 2.0)
-TOP_K = (0, 200)  # 0 = off
+TOP_K = (0, 200)  # of the reference's endpoint; 0 = off
 MAX_TOKENS = (1, 4096)
-PAGE_POLICY = (  # the page is one file: nothing is loaded from anywhere else
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self'; connect-src 'self'"
-)
-
-
-class Message(BaseModel):
-    role: str
-    content: str
-
-
-class ChatRequest(BaseModel):
-    messages: list[Message]
-    temperature: float | None = None
-    top_k: int | None = None
-    max_tokens: int | None = None
+MAX_ROWS = 256  # answers of one request: its prompts times n
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How to sample where a request does not say."""
+class Settings:
+    """How to sample where a request does not say; limits; and what the model is called."""
 
     temperature: float = 0.8
     top_k: int = 50
     max_tokens: int = 512
+    max_queue: int = 256  # answers that may wait
+    max_body_bytes: int = 1 << 20
+    drops_turns: bool = True  # the oldest, from a conversation that is longer than the context; else it is refused
+    api_key: str | None = None
+    log_text: bool = False
+    model: str = "nanochat"
+    source: str = "sft"
 
     def __post_init__(self) -> None:
-        _check_sampling(self.temperature, self.top_k, self.max_tokens)
+        check_sampling(self.temperature, self.top_k, self.max_tokens)
+        for name in ("max_queue", "max_body_bytes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
+            raise InputError("the API key must be printable ASCII, and not empty")
 
 
-@dataclass(frozen=True)
-class Worker:
-    """One replica of the model. It serves one conversation at a time."""
-
-    gpu_id: int
-    engine: Engine
-
-
-class Pool:
-    """The workers; who wants one waits in line."""
-
-    def __init__(self, workers: Sequence[Worker]) -> None:
-        self.workers = list(workers)
-        self.free: asyncio.Queue[Worker] = asyncio.Queue()
-        for worker in workers:
-            self.free.put_nowait(worker)
-
-    def stats(self) -> dict[str, Any]:
-        total, available = len(self.workers), self.free.qsize()
-        return {
-            "total_workers": total,
-            "available_workers": available,
-            "busy_workers": total - available,
-            "workers": [{"gpu_id": w.gpu_id, "device": str(w.engine.model.device)} for w in self.workers],
-        }
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events whose generator is closed as soon as the client is gone, wherever it stands."""
-
-    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
-        self.events = events
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-
-    async def stream_response(self, send: Send) -> None:
-        try:
-            await super().stream_response(send)
-        finally:
-            await self.events.aclose()
-
-
-def create_app(workers: Sequence[Worker], sampling: Sampling | None = None) -> FastAPI:
+def create_app(workers: Sequence[Worker], settings: Settings | None = None) -> FastAPI:
     """The application over at least one worker; all workers hold the same model."""
-    defaults = sampling or Sampling()
-    pool = Pool(workers)
-    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.pool = pool
+    server = Server(workers, settings or Settings())
 
-    @app.get("/")
-    def page() -> FileResponse:
-        headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
-        return FileResponse(HERE / "page.html", media_type="text/html; charset=utf-8", headers=headers)
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        server.pool.start()
+        yield
+        await run_in_threadpool(server.pool.stop)
 
-    @app.get("/logo.svg")
-    def logo() -> FileResponse:
-        return FileResponse(HERE / "logo.svg", media_type="image/svg+xml")
+    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
+    app.state.pool = server.pool
+    add_handlers(app)
+    _add_pages(app, server)
+    _add_figures(app, server)
+    _add_v1(app, server)
 
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        stats = pool.stats()
-        return {
-            "status": "ok",
-            "ready": stats["total_workers"] > 0,
-            "num_gpus": stats["total_workers"],
-            "available_workers": stats["available_workers"],
-        }
+    @app.post("/chat/completions", responses=openapi.PLAIN)
+    async def plain_chat(body: schemas.PlainRequest, request: Request) -> Response:
+        """The reference's endpoint: events of a token each."""
+        return await server.plain(body, request)
 
-    @app.get("/stats")
-    async def stats() -> dict[str, Any]:
-        return pool.stats()
-
-    @app.post("/chat/completions")
-    async def chat_completions(request: ChatRequest) -> EventStream:
-        try:
-            wanted = _sampling(request, defaults)
-            _check_messages(request.messages)
-            engine = pool.workers[0].engine
-            context = engine.model.config.sequence_len
-            ids, dropped = await run_in_threadpool(
-                fit_prompt,
-                engine.tokenizer,
-                _as_turns(request.messages),
-                context,
-                min(wanted.max_tokens, context // 4),
-            )
-        except InputError as error:
-            raise HTTPException(status_code=400, detail=str(error)) from None
-        headers = {"X-Dropped-Messages": str(dropped)} if dropped else {}
-        return EventStream(_events(pool, ids, wanted), headers)
-
+    paths = [path for route in app.routes if (path := getattr(route, "path", None))]
+    app.add_middleware(
+        Gate,
+        metrics=server.metrics,
+        paths=paths,
+        api_key=server.settings.api_key,
+        max_body_bytes=server.settings.max_body_bytes,
+    )
     return app
 
 
-async def _events(pool: Pool, ids: list[int], sampling: Sampling) -> AsyncGenerator[str, None]:
-    """The answer to a prompt as server-sent events, by the first worker that is free."""
-    worker = await pool.free.get()
-    started, num_tokens = time.perf_counter(), 0
-    try:
-        engine = worker.engine
-        room = engine.model.config.sequence_len - len(ids)
-        stream = engine.generate(
-            ids,
-            max_tokens=min(sampling.max_tokens, room),
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            seed=random.randrange(2**31),
+def _add_pages(app: FastAPI, server: Server) -> None:
+    app.include_router(page_router())
+
+    @app.get("/openapi.json", include_in_schema=False)
+    def document() -> JSONResponse:
+        return JSONResponse(openapi.document(app, with_key=server.settings.api_key is not None))
+
+
+def _add_figures(app: FastAPI, server: Server) -> None:
+    @app.get("/health", responses=openapi.HEALTH)
+    async def health() -> JSONResponse:
+        """Whether requests are taken: 200, or 503 while the server stops."""
+        stats, closing = server.pool.stats(), server.pool.closing is not None
+        body = {
+            "status": "shutting down" if closing else "ok",
+            "ready": not closing and stats["total_workers"] > 0,
+            "num_gpus": stats["total_workers"],
+            "available_workers": stats["available_workers"],
+        }
+        return JSONResponse(body, 503 if closing else 200)
+
+    @app.get("/stats", responses=openapi.STATS)
+    async def stats() -> JSONResponse:
+        """Who is busy: an available worker would begin one more answer at once."""
+        return JSONResponse(server.pool.stats())
+
+    @app.get("/metrics", responses=openapi.METRICS)
+    async def metrics() -> Response:
+        """Counts and times, in Prometheus' format."""
+        return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_v1(app: FastAPI, server: Server) -> None:
+    @app.get("/v1/models", responses=openapi.MODELS)
+    async def models() -> JSONResponse:
+        """The one model that is served."""
+        return JSONResponse({"object": "list", "data": [server.model()]})
+
+    @app.get("/v1/models/{model}", responses=openapi.MODEL)
+    async def model(model: str) -> JSONResponse:
+        """The same by its name."""
+        server.check_model(model)
+        return JSONResponse(server.model())
+
+    @app.post("/v1/chat/completions", responses=openapi.CHAT)
+    async def chat(body: schemas.ChatRequest, request: Request) -> Response:
+        """The next message of a conversation, whole or as server-sent events."""
+        return await server.chat(body, request)
+
+    @app.post("/v1/completions", responses=openapi.COMPLETIONS)
+    async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
+        """What follows a raw text."""
+        return await server.complete(body, request)
+
+
+class Server:
+    """From a checked request to the response that writes its answer."""
+
+    def __init__(self, workers: Sequence[Worker], settings: Settings) -> None:
+        self.settings = settings
+        self.pool = Pool(workers, settings.max_queue)
+        self.metrics = Metrics(self.pool)
+        self.tokenizer = workers[0].engine.tokenizer
+        self.context = workers[0].engine.model.config.sequence_len
+        self.created = int(time.time())
+
+    def model(self) -> dict[str, Any]:
+        return {
+            "id": self.settings.model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "nanochat",
+            "context": self.context,
+            "source": self.settings.source,
+        }
+
+    def check_model(self, name: str | None) -> None:
+        if name and name != self.settings.model:
+            raise ApiError(
+                404,
+                f"there is no model {name[:60]!a}; this server has {self.settings.model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def chat(self, body: schemas.ChatRequest, request: Request) -> Response:
+        self.check_model(body.model)
+        sampling = self._sampling(body, body.wanted_logprobs)
+        max_tokens = body.max_completion_tokens or body.max_tokens or self.settings.max_tokens
+        ids, dropped = await run_in_threadpool(
+            chat_ids, self.tokenizer, turns_of(body.messages), self.context, max_tokens, self.settings.drops_turns
         )
-        text = StreamingDecoder(engine.tokenizer, AS_TOKENS)
-        # A cancelled wait still lets the thread finish its token, so the worker is idle when it goes back.
-        with closing(stream):
-            while (column := await run_in_threadpool(next, stream, None)) is not None:
-                num_tokens += 1
-                if piece := text.feed(column[0][0]):
-                    yield _event(token=piece, gpu=worker.gpu_id)
-        if piece := text.flush():
-            yield _event(token=piece, gpu=worker.gpu_id)
-        yield _event(done=True)
-    finally:
-        pool.free.put_nowait(worker)
-        log.info(
-            "worker %d | prompt %d tokens | answer %d tokens | %.2f s",
-            worker.gpu_id,
-            len(ids),
-            num_tokens,
-            time.perf_counter() - started,
+        wire = ChatWire(self.settings.model, bool(body.logprobs), body.include_usage, dropped)
+        generation = self._generation(request, [ids], max_tokens, sampling, body.n or 1)
+        return self._answer(generation, body.stops, wire, bool(body.stream), dropped)
+
+    async def complete(self, body: schemas.CompletionRequest, request: Request) -> Response:
+        self.check_model(body.model)
+        sampling = self._sampling(body, body.logprobs)
+        prompts = await run_in_threadpool(completion_ids, self.tokenizer, body, self.context)
+        wire = CompletionWire(self.settings.model, body.logprobs is not None, body.include_usage)
+        max_tokens = body.max_tokens or self.settings.max_tokens
+        generation = self._generation(request, prompts, max_tokens, sampling, body.n or 1)
+        return self._answer(generation, body.stops, wire, bool(body.stream))
+
+    async def plain(self, body: schemas.PlainRequest, request: Request) -> Response:
+        settings = self.settings
+        temperature = settings.temperature if body.temperature is None else body.temperature
+        top_k = settings.top_k if body.top_k is None else body.top_k
+        max_tokens = settings.max_tokens if body.max_tokens is None else body.max_tokens
+        try:
+            check_sampling(temperature, top_k, max_tokens)
+            turns = plain_turns(body.messages)
+        except InputError as error:
+            raise ApiError(400, str(error)) from None
+        ids, dropped = await run_in_threadpool(
+            chat_ids, self.tokenizer, turns, self.context, max_tokens, settings.drops_turns
+        )
+        sampling = Sampling(temperature, top_k, seed=random.randrange(2**31))
+        generation = self._generation(request, [ids], max_tokens, sampling, 1)
+        return self._answer(generation, [], PlainWire(generation), True, dropped, shown=AS_TOKENS)
+
+    def _sampling(self, body: schemas.GenerationRequest, logprobs: int | None) -> Sampling:
+        """The request's settings, the server's where it has none."""
+        settings = self.settings
+        try:
+            return Sampling(
+                settings.temperature if body.temperature is None else body.temperature,
+                settings.top_k if body.top_k is None else body.top_k,
+                1.0 if body.top_p is None else body.top_p,
+                body.min_p or 0.0,
+                body.repetition_penalty or 1.0,
+                random.randrange(2**31) if body.seed is None else body.seed,
+                logprobs,
+            )
+        except InputError as error:
+            raise ApiError(400, str(error)) from None
+
+    def _generation(
+        self, request: Request, prompts: Sequence[list[int]], max_tokens: int, sampling: Sampling, n: int
+    ) -> Generation:
+        if len(prompts) * n > MAX_ROWS:
+            raise ApiError(400, f"{len(prompts)} prompts times n = {n} are more than {MAX_ROWS} answers", param="n")
+        jobs = [
+            Job(ids, min(max_tokens, self.context - len(ids)), sampling, sample)
+            for ids in prompts
+            for sample in range(n)
+        ]
+        return Generation(jobs, request.client.host if request.client else "")
+
+    def _answer(
+        self,
+        generation: Generation,
+        stops: Sequence[str],
+        wire: ChatWire,
+        stream: bool,
+        dropped: int = 0,
+        shown: Mapping[str, str] | None = None,
+    ) -> AnswerResponse:
+        choices = [Choice(self.tokenizer, i, stops, shown) for i in range(len(generation.jobs))]
+        self.pool.submit(generation)
+        headers = {"X-Dropped-Messages": str(dropped)} if dropped else {}
+        return AnswerResponse(
+            self.pool, self.metrics, generation, choices, wire, stream, headers, self.settings.log_text
         )
 
 
-def _event(**fields: Any) -> str:
-    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
+def check_sampling(temperature: float, top_k: int, max_tokens: int) -> None:
+    """The limits of the reference's endpoint and of the server's own settings.
 
-
-def _sampling(request: ChatRequest, defaults: Sampling) -> Sampling:
-    """The request's settings, the server's where it has none."""
-    return Sampling(
-        defaults.temperature if request.temperature is None else request.temperature,
-        defaults.top_k if request.top_k is None else request.top_k,
-        defaults.max_tokens if request.max_tokens is None else request.max_tokens,
-    )
-
-
-def _check_sampling(temperature: float, top_k: int, max_tokens: int) -> None:
+    Raises:
+        InputError: a value out of range.
+    """
     checks = (
         ("temperature", temperature, TEMPERATURE),
         ("top_k", top_k, TOP_K),
@@ -216,37 +277,3 @@ def _check_sampling(temperature: float, top_k: int, max_tokens: int) -> None:
     for name, value, (low, high) in checks:
         if not low <= value <= high:  # NaN is out of range too
             raise InputError(f"{name} must be from {low} to {high}, got {value}")
-
-
-def _check_messages(messages: Sequence[Message]) -> None:
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise InputError(f"there must be 1 to {MAX_MESSAGES} messages, got {len(messages)}")
-    for i, message in enumerate(messages):
-        if message.role not in ("user", "assistant") and (message.role, i) != ("system", 0):
-            raise InputError(
-                f"message {i} has role {message.role!r}; roles are user and assistant, and system for the first message"
-            )
-        if not message.content:
-            raise InputError(f"message {i} is empty")
-        if len(message.content) > MAX_MESSAGE_CHARS:
-            raise InputError(
-                f"message {i} has {len(message.content)} characters; at most {MAX_MESSAGE_CHARS} are allowed"
-            )
-    total = sum(len(message.content) for message in messages)
-    if total > MAX_CONVERSATION_CHARS:
-        raise InputError(f"the conversation has {total} characters; at most {MAX_CONVERSATION_CHARS} are allowed")
-
-
-def _as_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages that take turns, user first, as the model was trained: neighbours of one role are joined by an
-    empty line, and what an assistant said before the first user message is left out."""
-    joined: list[dict[str, Any]] = []
-    for message in messages:
-        if joined and joined[-1]["role"] == message.role:
-            joined[-1]["content"] += "\n\n" + message.content
-        elif message.role != "assistant" or (joined and joined[-1]["role"] == "user"):
-            joined.append({"role": message.role, "content": message.content})
-    for turn in joined:
-        if turn["role"] == "assistant":
-            turn["content"] = parse_content(turn["content"])
-    return joined

@@ -1,0 +1,114 @@
+"""The application behind a real server on a free port, and an engine that does as a test says."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import uvicorn
+
+from nanochat.engine import Engine
+from nanochat.sampling import Sampling
+from nanochat.server.app import Settings, create_app
+from nanochat.server.pool import Worker
+from nanochat.server.stopping import StoppableServer
+from nanochat.slots import Request
+from tests.tiny_engine import TOKENIZER, special
+
+START, END = special("assistant_start"), special("assistant_end")
+
+
+class RecordingEngine:
+    """Writes one "a" after another to each of `slots` requests at a time, each only after `gate` lets it; keeps the
+    prompts it was given. `fails` = its next step does."""
+
+    def __init__(self, sequence_len: int = 128, slots: int = 1) -> None:
+        self.tokenizer, self.max_running = TOKENIZER, slots
+        self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=sequence_len), device="cpu")
+        self.gate, self.cancelled = threading.Event(), threading.Event()
+        self.fails = False
+        self.requests: list[Request] = []
+        self.prompts: list[str] = []
+        self.settings: list[Sampling] = []
+        self.written = 0
+
+    def submit(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, sample: int) -> Request:
+        self.ids = list(prompt)
+        self.prompts.append(TOKENIZER.decode(self.ids))
+        self.settings.append(sampling)
+        self.requests.append(Request(tuple(prompt), max_tokens, sampling, None))  # type: ignore[arg-type]
+        return self.requests[-1]
+
+    def step(self) -> list[Request]:
+        assert self.gate.wait(10)
+        time.sleep(0.002)
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("out of memory")
+        running = self.requests[: self.max_running]
+        for request in running:
+            request.ids.append(97)
+            self.written += 1
+            if len(request.ids) == request.budget:
+                request.finish_reason = "length"
+                self.requests.remove(request)
+        return running
+
+    def cancel(self, request: Request) -> None:
+        request.finish_reason = "cancelled"
+        self.requests.remove(request)
+        self.cancelled.set()
+
+    def reset(self) -> None:
+        self.requests.clear()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.requests)
+
+    def stats(self) -> dict[str, int]:
+        running = min(len(self.requests), self.max_running)
+        total = self.max_running * self.model.config.sequence_len
+        return {"running": running, "waiting": len(self.requests) - running, "cache_tokens_total": total}
+
+
+@contextmanager
+def running(
+    engines: Sequence[Engine | RecordingEngine], how: str, seconds: float, **settings: Any
+) -> Iterator[StoppableServer]:
+    """A server in a thread, whose handle_exit() does what a signal would."""
+    workers = [Worker(i, engine) for i, engine in enumerate(engines)]  # type: ignore[arg-type]
+    app = create_app(workers, Settings(**settings))
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none")
+    server = StoppableServer(config, app.state.pool, how, seconds)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 10
+        while not server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield server
+    finally:
+        for engine in engines:
+            if isinstance(engine, RecordingEngine):
+                engine.gate.set()
+        server.should_exit = True
+        thread.join(10)
+
+
+def client_of(server: uvicorn.Server) -> httpx.Client:
+    port = server.servers[0].sockets[0].getsockname()[1]
+    return httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False)
+
+
+@contextmanager
+def serving(*engines: Engine | RecordingEngine, **settings: Any) -> Iterator[httpx.Client]:
+    """A client of a running server."""
+    with running(engines, "finish", 5, **settings) as server, client_of(server) as client:
+        yield client
