@@ -12,6 +12,7 @@ from typing import Any
 from nanochat.checkpoint import load_model
 from nanochat.config import InputError
 from nanochat.engine import TOOL, Engine
+from nanochat.quantize import quantize_int8
 from nanochat.runtime import DTYPES, Runtime
 from nanochat.tokenizer import Tokenizer
 
@@ -161,9 +162,14 @@ def fit_prompt(
 
 
 def load_engine(
-    source: str, rt: Runtime, tag: str | None = None, step: int | None = None, dtype: str | None = None
+    source: str,
+    rt: Runtime,
+    tag: str | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
 ) -> Engine:
-    """An engine for a checkpoint whose weights, no longer to be trained, are kept in the compute dtype.
+    """An engine for a checkpoint whose weights, no longer to be trained, are kept in the compute dtype, or quantized.
 
     Raises:
         InputError: no such checkpoint, or a damaged one.
@@ -171,4 +177,6 @@ def load_engine(
     if dtype is not None:
         rt = replace(rt, dtype=DTYPES[dtype])
     model, tokenizer, _ = load_model(source, rt, tag, step)
+    if quantize:
+        quantize_int8(model)
     return Engine(model.to(rt.dtype).eval(), tokenizer)

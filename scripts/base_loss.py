@@ -3,6 +3,7 @@
     python -m scripts.base_loss --device_batch_size=4 --split_tokens=65536
     torchrun --nproc_per_node=8 -m scripts.base_loss
     python -m scripts.base_loss --exact --stride=256       # whole documents, each token once, with context before it
+    python -m scripts.base_loss --quantize=int8            # and what weights of 8 bits cost
 
 Reads base_checkpoints/<tag>/ and the data set that the model was trained on. Rows of packed text as in training, or
 --exact: document by document, and by source.
@@ -24,6 +25,7 @@ from nanochat.data.textfiles import TextFiles
 from nanochat.evals.bpb import evaluate_bpb, evaluate_documents
 from nanochat.evals.samples import sample_texts
 from nanochat.gpt import GPTConfig
+from nanochat.quantize import QUANTIZED, quantize_int8
 from nanochat.report import get_report
 
 
@@ -37,6 +39,9 @@ class BaseLossConfig:
     exact: bool = flag(False, "whole documents up to split_tokens, each token once, instead of packed rows", new=True)
     max_seq_len: int | None = flag(None, "row length; -1 = the model's", off=-1, new=True)
     stride: int | None = flag(None, "with --exact: tokens between windows; -1 = max_seq_len", off=-1, new=True)
+    quantize: str | None = flag(
+        None, "also with such weights, on the validation text", choices=QUANTIZED, off="", new=True
+    )
 
     def __post_init__(self) -> None:
         for name in ("device_batch_size", "split_tokens", "max_seq_len", "stride"):
@@ -139,8 +144,9 @@ def run(cfg: BaseLossConfig) -> dict[str, Any]:
     source = open_source(dataset, bad_shards=meta["user_config"].get("bad_shards", "stop"))
     results: dict[str, Any] = {}
     details: dict[str, Any] = {}
+    measure = exact_bpb if cfg.exact else packed_bpb
     for split in ("train", "val"):
-        found = (exact_bpb if cfg.exact else packed_bpb)(model, tokenizer, rt, source, split, cfg)
+        found = measure(model, tokenizer, rt, source, split, cfg)
         results[f"{split} bpb"] = found.pop(f"{split} bpb")
         environment.print0(f"{split} bpb: {results[f'{split} bpb']:.4f}")
         for key, value in found.items():
@@ -150,6 +156,11 @@ def run(cfg: BaseLossConfig) -> dict[str, Any]:
         for i, text in enumerate(sample_texts(model, tokenizer)):
             results[f"sample {i}"] = text
             print(text)
+    if cfg.quantize:
+        found = measure(quantize_int8(model), tokenizer, rt, source, "val", cfg)
+        details[f"val bpb with {cfg.quantize} weights"] = found["val bpb"]
+        cost = found["val bpb"] - results["val bpb"]
+        environment.print0(f"val bpb with {cfg.quantize} weights: {found['val bpb']:.4f}, {cost:+.4f}")
     new = {"Model": f"base_model (step {meta['step']})", "dataset": dataset, **details}
     get_report().log("Base model loss", [results, new, *report_config(cfg)])
     runtime.stop()

@@ -18,6 +18,7 @@ import uvicorn
 from nanochat import checkpoint, environment, runtime
 from nanochat.config import InputError, flag, run_cli
 from nanochat.dialogue import load_engine
+from nanochat.quantize import QUANTIZED
 from nanochat.server.app import Settings, create_app
 from nanochat.server.pool import Worker
 from nanochat.server.stopping import StoppableServer
@@ -46,6 +47,7 @@ class ChatWebConfig:
     max_body_bytes: int = flag(1 << 20, "size of a request")
     shutdown: str = flag("finish", "accepted requests, at SIGTERM or Ctrl-C", choices=("finish", "cancel"))
     shutdown_seconds: float = flag(30.0, "after which it is cancelled")
+    quantize: str | None = flag(None, "weights of 8 bits: twice as fast on a CPU", choices=QUANTIZED, off="")
     log_text: bool = flag(False, "prompts and answers in the log")
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ def load_workers(cfg: ChatWebConfig) -> list[Worker]:
     workers = []
     for i in range(cfg.num_gpus):
         device = torch.device("cuda", i) if rt.device.type == "cuda" else rt.device
-        engine = load_engine(cfg.source, replace(rt, device=device), cfg.model_tag, cfg.step, cfg.dtype)
+        engine = load_engine(cfg.source, replace(rt, device=device), cfg.model_tag, cfg.step, cfg.dtype, cfg.quantize)
         workers.append(Worker(i, engine))
     return workers
 
