@@ -100,7 +100,7 @@ class Engine:
         return bool(self.waiting or self.slots.live)
 
     def stats(self) -> dict[str, int]:
-        """Rows and tokens of the cache now; prompt_tokens (computed, not copied) and generated_tokens from the start."""
+        """Rows and tokens of the cache now; prompt_tokens (computed, not copied) and generated_tokens in all."""
         live = self.slots.live
         return {
             "running": len(live),
