@@ -103,6 +103,7 @@ def _linear(x: Tensor, matrices: list[Linear], y: Tensor, norm: bool = False, th
     parts, kind = [], ""
     for matrix in matrices:
         if isinstance(matrix, Int8Linear):
+            assert matrix.scales.dtype == torch.float32
             weight, scales = matrix.integers, matrix.scales.data_ptr()
         else:
             weight, scales = matrix.weight, 0

@@ -179,4 +179,6 @@ def load_engine(
     model, tokenizer, _ = load_model(source, rt, tag, step)
     if quantize:
         quantize_int8(model)
-    return Engine(model.to(rt.dtype).eval(), tokenizer)
+    for parameter in model.requires_grad_(False).parameters():  # not the buffers: scales of integers stay fp32
+        parameter.data = parameter.data.to(rt.dtype)
+    return Engine(model.eval(), tokenizer)

@@ -106,7 +106,7 @@ class Engine:
         return bool(self.waiting or self.slots.live)
 
     def stats(self) -> dict[str, int]:
-        """Rows and tokens of the cache now; prompt_tokens (computed, not copied) and generated_tokens so far."""
+        """Rows and tokens of the cache now; prompt_tokens (computed, not copied) and generated_tokens in all."""
         live = self.slots.live
         return {
             "running": len(live),
