@@ -17,6 +17,9 @@ log = logging.getLogger("nanochat.server")
 
 EXIT_AT_ONCE = 130  # what shells give for Ctrl-C
 LAST_SECONDS = 5  # for clients to read the end of their answers
+# Clients and proxies keep an idle connection for 4 to 60 s. Who closes first must be the client, or the server may do
+# so just when the next request is on its way.
+IDLE_SECONDS = 75
 
 
 class StoppableServer(uvicorn.Server):
@@ -28,7 +31,7 @@ class StoppableServer(uvicorn.Server):
     """
 
     def __init__(self, config: uvicorn.Config, pool: Pool, how: str, seconds: float) -> None:
-        config.timeout_graceful_shutdown = LAST_SECONDS
+        config.timeout_graceful_shutdown, config.timeout_keep_alive = LAST_SECONDS, IDLE_SECONDS
         super().__init__(config)
         self.pool, self.how, self.seconds = pool, how, seconds
         self.closing: asyncio.Task[None] | None = None
