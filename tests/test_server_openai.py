@@ -267,6 +267,19 @@ def test_the_client_understands_the_errors(client, settings, error, code):
     assert caught.value.param
 
 
+def test_after_an_error_the_engine_answers_as_before(monkeypatch):
+    engine = Engine(MODEL, TOKENIZER)
+    with serving(engine, temperature=0.0) as http, client_of(http) as client:
+        client.chat.completions.create(model="", messages=HELLO, max_tokens=5)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_write_next", lambda *args: [][0])
+            with pytest.raises(openai.InternalServerError):
+                client.chat.completions.create(model="", messages=HELLO, n=3)
+        made = client.chat.completions.create(model="", messages=HELLO, max_tokens=12)
+        assert made.choices[0].message.content == expected(HELLO, 12)
+        assert http.get("/stats").json()["engines"][0]["running"] == 0
+
+
 def test_without_the_key_nothing_is_answered_but_the_page_and_health():
     with serving(RecordingEngine(), api_key="secret", max_tokens=1) as http:
         with client_of(http, api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
