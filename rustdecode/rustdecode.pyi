@@ -1,4 +1,4 @@
-"""Kernels of a decode step on a CPU. Numbers are addresses of contiguous tensors; nanochat/cpu_decode.py checks them."""
+"""Kernels of a decode step on a CPU. Addresses are of contiguous tensors, which nanochat/cpu_decode.py checks."""
 
 def linear(
     kind: str, x: int, rows: int, k: int, parts: list[tuple[int, int, int]], y: int, norm: bool, then: str
@@ -13,9 +13,7 @@ def set_threads(threads: int, fork: int) -> None:
     """Work on so many threads of the OpenMP whose GOMP_parallel has this address; 0 = none is there, so on one."""
 
 class Layer:
-    def __init__(
-        self, heads: int, kv_heads: int, head_dim: int, window: int | None, offset_keys: bool
-    ) -> None: ...
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, window: int | None, offset_keys: bool) -> None: ...
     def attention(
         self,
         kind: str,
