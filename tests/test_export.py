@@ -52,7 +52,10 @@ def _modules_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         patch.setenv("HF_HUB_OFFLINE", "1")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a thousand tiny products, in which two threads mostly wait for each other
         yield
+        torch.set_num_threads(threads)
 
 
 def make_model(name: str) -> GPT:
