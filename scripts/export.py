@@ -54,8 +54,8 @@ class ExportConfig:
             raise InputError("give either --out, the folder to write, or --import_from, the folder to read")
 
 
-def export(cfg: ExportConfig, out: Path) -> Path:
-    """Write the folder; returns it."""
+def export(cfg: ExportConfig, folder: Path) -> Exported:
+    """Fill the folder; returns what it is about."""
     source = cfg.source or "sft"
     model, tokenizer, meta = checkpoint.load_model(
         source, Runtime(torch.device("cpu"), torch.float32), cfg.model_tag, cfg.step
@@ -74,11 +74,9 @@ def export(cfg: ExportConfig, out: Path) -> Path:
     )
     sections = {} if "imported_from" in meta else get_report().sections()
     record = {"source": source, "tag": tag, "step": step, "dataset": dataset}
-    with huggingface.staged(out, cfg.force) as folder:
-        huggingface.write_model(folder, model, tokenizer, record, cfg.dtype)
-        (folder / "README.md").write_text(model_card(about, sections), encoding="utf-8")
-    print0(f"Exported {about.tag_and_step} to {out}" + ("" if about.is_plain else " (needs trust_remote_code=True)"))
-    return out
+    huggingface.write_model(folder, model, tokenizer, record, cfg.dtype)
+    (folder / "README.md").write_text(model_card(about, sections), encoding="utf-8")
+    return about
 
 
 def import_(cfg: ExportConfig, folder: Path) -> Path:
@@ -87,8 +85,10 @@ def import_(cfg: ExportConfig, folder: Path) -> Path:
     source = cfg.source or record.get("source")
     if source not in checkpoint.DIRECTORIES:
         raise InputError(f"{folder} does not say which stage its model is of; give -i base, mid, sft or rl")
-    tag = cfg.model_tag or str(record.get("tag") or f"d{config.n_layer}")
-    step = cfg.step if cfg.step is not None else int(record.get("step") or 0)
+    tag = cfg.model_tag or record.get("tag") or f"d{config.n_layer}"
+    step = record.get("step", 0) if cfg.step is None else cfg.step
+    if step < 0:
+        raise InputError(f"step {step} must be 0 or more; give another --step")
     directory = checkpoint.tag_directory(source, tag)
     if checkpoint.steps(directory):
         raise InputError(f"{directory} has checkpoints, which an import does not replace; choose another tag by -g")
@@ -105,7 +105,14 @@ def import_(cfg: ExportConfig, folder: Path) -> Path:
 
 
 def run(cfg: ExportConfig) -> Path:
-    return export(cfg, Path(cfg.out)) if cfg.out is not None else import_(cfg, Path(str(cfg.import_from)))
+    """Returns the folder or the checkpoint that it wrote."""
+    if cfg.import_from is not None:
+        return import_(cfg, Path(cfg.import_from))
+    out = Path(str(cfg.out))
+    with huggingface.staged(out, cfg.force) as folder:
+        about = export(cfg, folder)
+    print0(f"Exported {about.tag_and_step} to {out}" + ("" if about.is_plain else " (needs trust_remote_code=True)"))
+    return out
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def test_a_cache_that_the_modern_class_cannot_use_is_refused(tmp_path):
 def test_a_conversation_becomes_our_ids_and_the_model_answers_it(name, tmp_path):
     model = make_model(name)
     huggingface.write_model(tmp_path, model, TOKENIZER, {})
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=name == "modern")
     text = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
     prompt = TOKENIZER.render_for_completion({"messages": [*CHAT, {"role": "assistant", "content": ""}]})
     assert tokenizer(text, add_special_tokens=False).input_ids == prompt
@@ -292,7 +293,8 @@ def change_weights(name: str, value: torch.Tensor | None) -> Any:
     ],
 )
 def test_a_folder_that_is_no_such_model_is_refused_in_one_line(change, message, base, capsys):
-    huggingface.write_model(base / "hf", make_model("plain"), TOKENIZER, {}) if (base / "hf").mkdir() is None else None
+    (base / "hf").mkdir()
+    huggingface.write_model(base / "hf", make_model("plain"), TOKENIZER, {})
     change(base / "hf")
     error = refused([f"--import_from={base / 'hf'}", "-i", "sft"], capsys)
     assert message in error
@@ -322,6 +324,8 @@ def test_a_folder_of_unknown_stage_needs_one_named(base, capsys):
     (base / "hf").mkdir()
     huggingface.write_model(base / "hf", make_model("plain"), TOKENIZER, {})
     assert "give -i base, mid, sft or rl" in refused([f"--import_from={base / 'hf'}"], capsys)
+    assert "step -1 must be 0 or more" in refused([f"--import_from={base / 'hf'}", "-i", "mid", "-s", "-1"], capsys)
+    change_config(nanochat={"source": ["sft"], "tag": 5, "step": "x"})(base / "hf")
     export.main([f"--import_from={base / 'hf'}", "-i", "mid"])
     assert checkpoint.find("mid", "d2", 0).exists()
     assert get_tokenizer().metadata["imported from"] == str(base / "hf")
@@ -401,6 +405,13 @@ def test_a_killed_export_is_cleared_by_the_next(base, monkeypatch):
     export.main([f"--out={out}"])
     assert sorted(p.name for p in base.iterdir()) == ["base", "hf"]
     assert not (out / "half").exists()
+
+
+def test_only_the_class_in_the_folder_needs_transformers():
+    root = Path(export.__file__).parents[1]
+    sources = [p for room in ("nanochat", "scripts", "tasks") for p in (root / room).rglob("*.py")]
+    users = [p.name for p in sources if re.search(r"^\s*(from|import) transformers", p.read_text(), re.MULTILINE)]
+    assert users == ["modeling_nanochat_modern.py"]
 
 
 def test_a_checkpoint_that_transformers_does_not_know_says_so(base, capsys):

@@ -140,8 +140,9 @@ def _usage(model: Exported) -> str:
     return f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
 {prompt}
-ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0, ids.size(1) :]))"""
+inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(output[0, inputs.input_ids.size(1) :]))"""

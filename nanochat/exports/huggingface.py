@@ -39,8 +39,8 @@ PLAIN_SIZES = {
     "n_kv_head": "num_key_value_heads",
     "n_embd": "hidden_size",
 }
-# What our model has whatever its sizes; a folder that says otherwise holds another one. rms_norm_eps is left out: what
-# others write is as far below the squares it is added to as ours.
+# What our model has whatever its sizes; a folder that says otherwise holds another one. rms_norm_eps may differ: the
+# usual 1e-6 in place of ours changes a norm in its seventh digit.
 PLAIN_FACTS = {
     "hidden_act": "relu2",
     "final_logit_softcapping": LOGIT_CAP.cap,
@@ -73,7 +73,7 @@ def write_model(
     """Write everything but the model card.
 
     Args:
-        record: JSON-able; stands in config.json and comes back from `read_model`.
+        record: source, tag, step and dataset, as far as known; stands in config.json, comes back from `read_model`.
         dtype: of the weights in the file, a key of DTYPES.
     """
     plain, special, bos = is_plain(model), tokenizer.special_tokens, tokenizer.get_bos_token_id()
@@ -87,6 +87,7 @@ def write_model(
         shutil.copyfile(MODERN_FILE, folder / MODERN_FILE.name)
     weights = {plain_name(k) if plain else k: v.to(DTYPES[dtype]).contiguous() for k, v in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private
 
 
 def _plain_config(model: GPT) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def _modern_config(model: GPT) -> dict[str, Any]:
 
 
 def read_model(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer, dict[str, Any]]:
-    """(config, fp32 weights under our names, tokenizer, the record that was written or {}).
+    """(config, fp32 weights under our names, tokenizer, what is left of the record).
 
     Raises:
         InputError: the folder holds no such model, or a damaged one.
@@ -148,9 +149,8 @@ def read_model(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer, d
     tokenizer = import_tokenizer(folder / "tokenizer.json")
     if (ids := tokenizer.get_vocab_size()) > config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has {ids} ids and the model {config.vocab_size}")
-    record = stored.get(RECORD)
     weights = {name: found[theirs].float() for name, theirs in names.items()}
-    return config, weights, tokenizer, record if isinstance(record, dict) else {}
+    return config, weights, tokenizer, _read_record(stored)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -179,6 +179,13 @@ def _read_plain(stored: Mapping[str, Any]) -> GPTConfig:
 
 def _read_modern(stored: Mapping[str, Any]) -> GPTConfig:
     return GPTConfig(**{f.name: stored[f.name] for f in dataclasses.fields(GPTConfig) if f.name in stored})
+
+
+def _read_record(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Only what is as `write_model` was given it; the file may have been edited."""
+    record = stored.get(RECORD)
+    kinds = {"source": str, "tag": str, "step": int, "dataset": str}
+    return {k: v for k, v in record.items() if isinstance(v, kinds.get(k, ()))} if isinstance(record, dict) else {}
 
 
 def _reason(error: Exception) -> str:
