@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -410,8 +410,14 @@ def test_a_killed_export_is_cleared_by_the_next(base, monkeypatch):
 def test_only_the_class_in_the_folder_needs_transformers():
     root = Path(export.__file__).parents[1]
     sources = [p for room in ("nanochat", "scripts", "tasks") for p in (root / room).rglob("*.py")]
-    users = [p.name for p in sources if re.search(r"^\s*(from|import) transformers", p.read_text(), re.MULTILINE)]
-    assert users == ["modeling_nanochat_modern.py"]
+    users = {p.name for p in sources for node in ast.walk(ast.parse(p.read_text())) if imports(node, "transformers")}
+    assert users == {"modeling_nanochat_modern.py"}
+
+
+def imports(node: ast.AST, package: str) -> bool:
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+    return any(name.split(".")[0] == package for name in names)
 
 
 def test_a_checkpoint_that_transformers_does_not_know_says_so(base, capsys):
