@@ -28,6 +28,7 @@ transformers = pytest.importorskip("transformers")
 RT = Runtime(torch.device("cpu"), torch.float32)
 VOCAB = 301  # no multiple of 64, and 3 more than the tokenizer's
 TOKENIZER = Tokenizer.train_from_iterator(TEXTS.values(), 298)
+CACHE = "cache" if hasattr(transformers.modeling_outputs.CausalLMOutputWithPast(), "cache") else "past_key_values"
 BOS, END = TOKENIZER.get_bos_token_id(), TOKENIZER.encode_special("<|assistant_end|>")
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -134,7 +135,7 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(pair):
     ours, theirs = pair
     idx, cache, logits = random_ids(2, 17), transformers.DynamicCache(), []
     for piece in idx.split([1, 7, 1, 8], dim=1):
-        logits.append(theirs(piece, cache=cache, use_cache=True).logits)
+        logits.append(theirs(piece, use_cache=True, **{CACHE: cache}).logits)
     torch.testing.assert_close(torch.cat(logits, 1), ours(idx), atol=1e-4, rtol=0)
 
 

@@ -182,7 +182,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = (seen.cumsum(-1) - 1).clamp(min=0)[:, -T:]
         slots = torch.arange(ids.size(1), device=ids.device)
         distance = slots[-T:, None] - slots  # (T, S)
-        # padding sees itself, as a row without any key would become NaN and spread
+        # padding sees itself: in some kernels a row without any key becomes NaN, and spreads
         visible = (distance >= 0) & (seen[:, None] | (distance == 0))  # (B, T, S)
 
         dtype = self.lm_head.weight.dtype
