@@ -227,6 +227,10 @@ class Report:
         order = [s for s in SECTIONS if s in found] + [s for s in found if s not in SECTIONS]
         return {slug: found[slug] for slug in order}
 
+    def sections(self) -> dict[str, str]:
+        """The text of each section that has been logged, by slug."""
+        return {slug: path.read_bytes().decode("utf-8") for slug, path in self._section_paths().items()}
+
     def reset(self) -> None:
         """Start a new run: drop the old run's sections, curves and plots, write the header."""
         self.report_dir.mkdir(parents=True, exist_ok=True)
@@ -249,15 +253,14 @@ class Report:
         Raises:
             InputError: there is nothing to report.
         """
-        header_path, paths = self.report_dir / "header.md", self._section_paths()
-        if not header_path.exists() and not paths:
+        header_path, sections = self.report_dir / "header.md", self.sections()
+        if not header_path.exists() and not sections:
             raise InputError(f"no report sections in {self.report_dir}; run a stage first")
         header = ""
         if header_path.exists():
             header = header_path.read_bytes().decode("utf-8")
         else:
             print("warning: no header.md; run `python -m nanochat.report reset` before the first stage")
-        sections = {slug: path.read_bytes().decode("utf-8") for slug, path in paths.items()}
         missing = [slug for slug in SECTIONS if slug not in sections]
         if missing:
             print(f"warning: no section yet: {', '.join(missing)}")

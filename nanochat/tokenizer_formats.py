@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.config import InputError
-from nanochat.tokenizer import PATTERNS, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, write_text
+from nanochat.tokenizer import FILE_NAME, PATTERNS, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, get_tokenizer, write_text
 
 # chat.render_conversation as a Jinja template: a system message goes in front of the user's words.
 CHAT_TEMPLATE = """\
@@ -156,6 +156,20 @@ def import_tokenizer(path: str | Path, pattern: str | None = None, special_token
         raise InputError(f"{path}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is neither a tokenizer.json nor a list of ranks ({error})") from None
+
+
+def install(tokenizer: Tokenizer, directory: Path, origin: str) -> Path:
+    """Save an imported tokenizer in a directory that has none, or the same; returns its path.
+
+    Raises:
+        InputError: there is another one.
+    """
+    if (directory / FILE_NAME).exists() and get_tokenizer(directory).fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"{directory} has another tokenizer, which checkpoints may need; move it away, or choose another"
+        )
+    tokenizer.metadata["imported from"] = origin
+    return tokenizer.save(directory)
 
 
 def _in_order(ids: Mapping[bytes, int]) -> list[bytes]:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from nanochat.config import InputError, flag, run_cli
 from nanochat.environment import base_dir, print0
-from nanochat.tokenizer import FILE_NAME, get_tokenizer
-from nanochat.tokenizer_formats import export_huggingface, export_tiktoken, import_tokenizer
+from nanochat.tokenizer import get_tokenizer
+from nanochat.tokenizer_formats import export_huggingface, export_tiktoken, import_tokenizer, install
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,7 @@ def run(cfg: TokConvertConfig) -> list[Path]:
     tokenizer = import_tokenizer(cfg.read, cfg.pattern, cfg.special_tokens) if cfg.read else get_tokenizer()
     out = base_dir() / "tokenizer" if cfg.out is None else Path(cfg.out)
     if cfg.to == "ours":
-        if (out / FILE_NAME).exists() and get_tokenizer(out).fingerprint != tokenizer.fingerprint:
-            raise InputError(f"{out} has another tokenizer, which checkpoints may need; move it away, or choose --out")
-        tokenizer.metadata["imported from"] = str(cfg.read)
-        paths = [tokenizer.save(out)]
+        paths = [install(tokenizer, out, str(cfg.read))]
     else:
         paths = (export_huggingface if cfg.to == "hf" else export_tiktoken)(tokenizer, out)
     for path in paths:
