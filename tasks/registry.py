@@ -32,9 +32,14 @@ RL_TASKS: dict[str, Callable[[], tuple[Task, Task]]] = {
     "GSM8K": lambda: (GSM8K("main", "train"), GSM8K("main", "test")),
     "AQUA": lambda: (AQUA("train"), AQUA("validation", shuffle=False)),
     "SpellingBee": lambda: (SpellingBee(80_000, "train"), SpellingBee(256, "test")),
+    "ARC-Easy": lambda: (ARC("ARC-Easy", "train"), ARC("ARC-Easy", "validation")),
+    "ARC-Challenge": lambda: (ARC("ARC-Challenge", "train"), ARC("ARC-Challenge", "validation")),
+    "MMLU": lambda: (MMLU("auxiliary_train", "train"), MMLU("all", "validation")),
+    "TinyFacts": lambda: (TinyFacts("train"), TinyFacts("dev")),
     "TinySums": lambda: (TinySums("train"), TinySums("dev")),
     "TinyWordProblems": lambda: (TinyWordProblems("train"), TinyWordProblems("dev")),
     "TinySpelling": lambda: (TinySpelling("train"), TinySpelling("dev")),
+    "TinyMC": lambda: (TinyMC("train"), TinyMC("dev")),
 }
 # What chat_eval evaluates when no task is named, in the report's order; ChatCORE needs all of them.
 REAL = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")

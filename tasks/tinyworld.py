@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from nanochat.config import InputError
 from nanochat.data.tinyworld import SPLITS, checks, conversation
-from tasks.common import Conversation, Task, evaluate_final_answer, evaluate_final_number
+from tasks.common import Conversation, Task, evaluate_final_answer, evaluate_final_number, has_final_answer
 
 TEST_SIZE = 200
 TRAIN_SIZE = 4096  # conversations, unless a size is asked for
@@ -73,6 +73,9 @@ class TinyWordProblems(TinyTask):
 
     def evaluate_lenient(self, conversation: Conversation, response: str) -> bool:
         return evaluate_final_number(conversation, response)
+
+    def parsed(self, response: str) -> bool:
+        return has_final_answer(response)
 
 
 class TinySpelling(TinyTask):
