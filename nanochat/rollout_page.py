@@ -41,7 +41,7 @@ def page(rollouts: Rollouts, advantages: Tensor, tokenizer: Tokenizer, step: int
             row = group * rollouts.num_samples + sample
             facts = f"reward {float(rewards[sample]):.4g}, advantage {float(advantages[group, sample]):+.4g}"
             facts += "" if rollouts.stopped[row] else ", cut for want of room"
-            parts.append(f"\n{name} ({facts}):\n\n{literal(_answer_text(tokenizer, rollouts.answer_ids(row)))}\n")
+            parts.append(f"\n{name} ({facts}):\n\n{literal(answer_text(tokenizer, rollouts.answer_ids(row)))}\n")
     return "".join(parts)
 
 
@@ -79,6 +79,6 @@ def _text(content: str | Iterable[dict[str, str]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def _answer_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+def answer_text(tokenizer: Tokenizer, ids: list[int]) -> str:
     decoder = StreamingDecoder(tokenizer, AS_BRACKETS)
     return "".join(map(decoder.feed, ids)) + decoder.flush() or "(nothing)"
