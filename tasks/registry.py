@@ -12,7 +12,7 @@ from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.spellingbee import SpellingBee
-from tasks.tinyworld import TinyFacts, TinyMC, TinySpelling, TinySums, TinyWordProblems
+from tasks.tinyworld import TinyAQUA, TinyFacts, TinyMC, TinySpelling, TinySums, TinyWordProblems
 
 EVAL_TASKS: dict[str, Callable[[], Task]] = {
     "ARC-Easy": lambda: ARC("ARC-Easy", "test"),
@@ -27,6 +27,7 @@ EVAL_TASKS: dict[str, Callable[[], Task]] = {
     "TinyWordProblems": lambda: TinyWordProblems("test"),
     "TinySpelling": lambda: TinySpelling("test"),
     "TinyMC": lambda: TinyMC("test"),
+    "TinyAQUA": lambda: TinyAQUA("test"),
 }
 RL_TASKS: dict[str, Callable[[], tuple[Task, Task]]] = {
     "GSM8K": lambda: (GSM8K("main", "train"), GSM8K("main", "test")),
@@ -40,12 +41,13 @@ RL_TASKS: dict[str, Callable[[], tuple[Task, Task]]] = {
     "TinyWordProblems": lambda: (TinyWordProblems("train"), TinyWordProblems("dev")),
     "TinySpelling": lambda: (TinySpelling("train"), TinySpelling("dev")),
     "TinyMC": lambda: (TinyMC("train"), TinyMC("dev")),
+    "TinyAQUA": lambda: (TinyAQUA("train"), TinyAQUA("dev")),
 }
 # What chat_eval evaluates when no task is named, in the report's order; ChatCORE needs all of them.
 REAL = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 TINYWORLD = ("TinyFacts", "TinySums", "TinyWordProblems", "TinySpelling", "TinyMC")
 # Accuracy of guessing; 0 for what is not listed.
-BASELINES = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "AQUA": 0.20, "TinyMC": 0.25}
+BASELINES = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "AQUA": 0.20, "TinyMC": 0.25, "TinyAQUA": 0.20}
 
 
 def eval_task(name: str) -> Task:
