@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from bench import post_training, rollouts
 from nanochat import checkpoint, report
 from scripts import base_eval, base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train, tok_eval, tok_train
 
@@ -165,6 +167,29 @@ def test_rl_on_prompts_and_a_reward_of_your_own(at: Path):
     chat_rl.main([*flags, "--conversations=mine.jsonl", "--num_iterations=1"])
     section = (at / "report" / "chat-rl.md").read_text()
     assert "- task: mine.jsonl\n" in section and "Reward at the end" in section
+
+
+@pytest.fixture
+def copy_of_base(at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For what replaces checkpoints."""
+    shutil.copytree(at, tmp_path / "base")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    return tmp_path / "base"
+
+
+def test_the_rollout_benchmark_counts_each_ways_answers(at: Path, capsys):
+    flags = ["--task=TinySums", "--prompts=3", "--num_samples=2", "--max_new_tokens=4", "--singles=2", "--repeats=1"]
+    rollouts.main(flags)
+    out = capsys.readouterr().out
+    assert re.search(r"3 prompts x 2 \| 6 ", out) and re.search(r"one answer at a time \| 2 ", out)
+
+
+def test_the_post_training_benchmark_scores_before_and_after_rl(copy_of_base: Path, capsys):
+    sizes = ["--rows=8", "--sft_steps=1", "--rl_steps=1", "--examples_per_step=1", "--num_samples=2"]
+    post_training.main(["--task=TinyAQUA", *sizes, "--max_new_tokens=4", "--seeds=0"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(s["seed"], s["problems"], s["p_value"]) for s in result["seeds"]] == [(0, 200, 1.0)]
+    assert all(0.2 < s["majority"] < 0.4 for s in result["seeds"])
 
 
 def test_an_altered_checkpoint_is_refused_by_the_next_stage_in_one_line(at: Path, capsys):

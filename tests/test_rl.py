@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanochat.config import InputError
 from nanochat.engine import Engine
@@ -59,15 +60,15 @@ def number(conversation: Any) -> int:
     return int(conversation["messages"][-1]["content"])
 
 
-def make(tmp_path: Path, reward: Reward = by_text, seed: int = 0, **settings: Any) -> tuple[RLTrainer, LoopState]:
-    model = tiny_gpt(TOKENIZER.get_vocab_size(), seed=seed).requires_grad_(True)
+def make(tmp_path: Path, reward: Reward = by_text, rt: Runtime = RT, **settings: Any) -> tuple[RLTrainer, LoopState]:
+    model = tiny_gpt(TOKENIZER.get_vocab_size()).requires_grad_(True)
     optimizer = build_optimizer(model, unembedding_lr=0.004, embedding_lr=0.2, matrix_lr=0.02)
     state = LoopState()
     defaults: dict[str, Any] = dict(
         num_iterations=4, examples_per_step=4, num_samples=3, batch_size=5, sampling=SAMPLING, eval_examples=4, seed=42
     )
     trainer = RLTrainer(
-        rt=RT,
+        rt=rt,
         settings=RLSettings(**{**defaults, **settings}),
         model=model,
         tokenizer=TOKENIZER,
@@ -76,8 +77,8 @@ def make(tmp_path: Path, reward: Reward = by_text, seed: int = 0, **settings: An
         task_name="Counting",
         train_task=Prompts(reward),
         val_task=Prompts(reward),
-        tracker=Tracker("rl", "dummy", RT, {}),
-        saver=Saver(RT, tmp_path / "rl" / "d2", model, optimizer, {}, state),
+        tracker=Tracker("rl", "dummy", rt, {}),
+        saver=Saver(rt, tmp_path / "rl" / "d2", model, optimizer, {}, state),
         page=tmp_path / "rollouts.md",
     )
     return trainer, state
@@ -231,6 +232,25 @@ def test_a_reward_that_fails_is_named_and_counted_and_its_group_left_out(tmp_pat
     steps(same, other, 1)
     assert_equal_to_the_bit(weights(trainer.model), weights(same.model))
     assert state.loss == other.loss and math.isfinite(state.loss)
+
+
+def one_rank(rt: Runtime, folder: Path) -> None:
+    """Of two: the second has examples 2, whose reward fails, and 3, whose answers are all as good."""
+
+    def reward(conversation: Any, answer: str) -> float:
+        return broken(math.nan)(conversation, answer) if number(conversation) < 3 else 0.0
+
+    trainer, state = make(folder, reward, rt)
+    trainer.evaluate(state)
+    steps(trainer, state, 2)
+    assert state.history.norms and state.history.norms[0] > 0
+    assert state.outcome[LOST_GROUPS] == 2 and "Counting example 2: the reward is nan" in state.outcome[FAULTS]
+    save_file(weights(trainer.model), folder / f"rank{rt.rank}.safetensors")
+
+
+def test_a_rank_without_anything_to_learn_steps_with_the_others_and_its_faults_are_told(tmp_path, two_ranks):
+    two_ranks(one_rank, tmp_path)
+    assert_equal_to_the_bit(*(load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)))
 
 
 def test_a_reward_that_fails_for_every_prompt_ends_the_run_in_one_line(tmp_path):
