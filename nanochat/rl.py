@@ -158,9 +158,11 @@ class RLTrainer:
             _add(state, LOST_GROUPS, lost)
             self._tell_faults(rollouts, state, lost)
         if lost == self.settings.examples_per_step:
+            self.saver.save(state, None)
+            self.saver.wait()
             raise InputError(
-                f"step {state.step + 1}: the reward failed for every prompt ({state.outcome[FAULTS]}); mend it, then "
-                f"go on with --resume=auto; {self.saver.good()}"
+                f"step {state.step + 1}: the reward failed for every prompt ({state.outcome[FAULTS]}); mend it; "
+                f"{self.saver.good()}"
             )
         return equal
 
