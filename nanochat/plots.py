@@ -18,8 +18,7 @@ Points = list[dict[str, Any]]
 SIZE = (5.2, 2.9)  # inches; at DPI about 680 x 380 pixels
 DPI = 130
 INK, GRID = "#333333", "#dddddd"
-# told apart in print and by most colour-blind readers; the later ones are for pass@k at many k
-COLORS = ("#4269d0", "#e07a2f", "#3a9a5b", "#8f5bb5", "#b8860b", "#5f6b7a", "#c2487f", "#2f9aa8")
+COLORS = ("#4269d0", "#e07a2f", "#3a9a5b", "#8f5bb5")  # told apart in print and by most colour-blind readers
 STAGES = ("base", "mid", "sft", "rl")
 STAGE_NAMES = {"base": "Base training", "mid": "Midtraining", "sft": "SFT", "rl": "RL"}
 PASS_AT = {f"pass_at_{k}": f"pass@{k}" for k in range(1, 65)}
@@ -28,14 +27,7 @@ LINES: dict[str, tuple[str, str, dict[str, str]]] = {
     "loss": ("loss", "nats per token", {"loss": "training", "val_loss": "validation"}),
     "bpb": ("validation bits per byte", "bits per byte", {"val_bpb": "validation"}),
     "lr": ("learning rate", "share of its peak", {"lrm": "multiplier"}),
-    "reward": ("reward", "mean over rollouts", {"reward": "training", "val_reward": "held-out"}),
-    "length": ("length of answers", "tokens", {"answer_length": "mean"}),
-    "format": (
-        "how answers look",
-        "share of answers",
-        {"stopped": "stopped by themselves", "tool_call": "called a tool", "parsed": "could be parsed"},
-    ),
-    "kl": ("KL to the start model", "nats per token", {"kl": "training"}),
+    "reward": ("reward", "mean over the rollouts of a step", {"reward": "training"}),
     "pass": ("validation problems solved", "share of problems", PASS_AT),
 }
 SMOOTHED = ("loss", "reward")  # one batch is noisy: the raw values are drawn pale behind their average
