@@ -36,34 +36,47 @@ def is_equal(rewards: Tensor) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """Some rows of the rollouts, padded on the right."""
+    """Some rows of the rollouts, padded on the right. A row stands for all equal answers to its prompt."""
 
     inputs: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, -1 where nothing was sampled
-    advantages: Tensor  # (B, T) fp32, 0 where nothing was sampled
+    counts: Tensor  # (B, T) fp32, how many answers have the row's target; 0 where nothing was sampled
+    advantages: Tensor  # (B, T) fp32, of one of them
     old: Tensor | None = None  # (B, T) log-probabilities of the targets before the first update
     start: Tensor | None = None  # (B, T) those of the start model
 
 
 def batches(rollouts: Rollouts, baseline: str, batch_size: int, pad: int, device: torch.device) -> list[Batch]:
-    """The answers of the groups that teach something: whose rewards are all known, and differ."""
+    """The answers of the groups that teach something: whose rewards are all known, and differ.
+
+    Equal answers to a prompt have one forward pass: a model that is nearly sure of itself gives the same few again and
+    again (of 16 about 3 different ones after fine-tuning on tinyworld).
+    """
     teaches = rollouts.is_known() & ~is_equal(rollouts.rewards)
-    rows = [r for r in range(rollouts.rewards.numel()) if teaches[r // rollouts.num_samples]]
-    rows.sort(key=lambda r: len(rollouts.sequences[r]))  # little padding
+    alike: dict[tuple[int, float, tuple[int, ...]], list[int]] = {}
+    for row in range(rollouts.rewards.numel()):
+        group, sample = divmod(row, rollouts.num_samples)
+        if teaches[group]:
+            reward = float(rollouts.rewards[group, sample])
+            alike.setdefault((group, reward, tuple(rollouts.sequences[row])), []).append(row)
+    rows = sorted(alike.values(), key=lambda equal: len(rollouts.sequences[equal[0]]))  # little padding
     values = advantages(rollouts.rewards, baseline).float().flatten()
     return [_batch(rollouts, values, rows[i : i + batch_size], pad, device) for i in range(0, len(rows), batch_size)]
 
 
-def _batch(rollouts: Rollouts, values: Tensor, rows: Sequence[int], pad: int, device: torch.device) -> Batch:
-    width = max(len(rollouts.sequences[r]) for r in rows)
+def _batch(rollouts: Rollouts, values: Tensor, rows: Sequence[list[int]], pad: int, device: torch.device) -> Batch:
+    first = [equal[0] for equal in rows]
+    width = max(len(rollouts.sequences[r]) for r in first)
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, r in enumerate(rows):
+    for i, r in enumerate(first):
         ids[i, : len(rollouts.sequences[r])] = torch.tensor(rollouts.sequences[r])
         mask[i, : len(rollouts.masks[r])] = torch.tensor(rollouts.masks[r]) == 1
-    targets = ids[:, 1:].masked_fill(~mask[:, 1:], -1)
-    weights = values[rows][:, None] * mask[:, 1:]
-    return Batch(ids[:, :-1].to(device), targets.to(device), weights.to(device))
+    inputs, mask = ids[:, :-1], mask[:, 1:]
+    targets = ids[:, 1:].masked_fill(~mask, -1)
+    counts = torch.tensor([float(len(equal)) for equal in rows])[:, None] * mask
+    weights = values[first][:, None] * mask
+    return Batch(inputs.to(device), targets.to(device), counts.to(device), weights.to(device))
 
 
 def logprobs(model: Logprobs, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -91,6 +104,7 @@ class PolicyLoss:
         self,
         inputs: Tensor,
         targets: Tensor,
+        counts: Tensor,
         advantages: Tensor,
         old: Tensor | None,
         start: Tensor | None,
@@ -101,8 +115,8 @@ class PolicyLoss:
         logp = logprobs(self.model, inputs, targets)
         ratio = (logp - (logp.detach() if old is None else old)).exp()
         gain = torch.minimum(ratio * advantages, ratio.clamp(1 - self.clip, 1 + self.clip) * advantages)
-        loss = -gain.sum()
-        return loss if start is None else loss + self.kl * divergence(logp, start).sum()
+        loss = -gain if start is None else self.kl * divergence(logp, start) - gain
+        return (counts * loss).sum()
 
 
 def divergence(logp: Tensor, start: Tensor) -> Tensor:

@@ -122,8 +122,9 @@ class RLTrainer:
             return None
         if s.updates > 1 or self.start is not None:
             micro = [self._with_logprobs(batch) for batch in micro]
+        tokens = sum(float(batch.counts.sum()) for batch in micro)
         for _ in range(s.updates):
-            loss = accumulate(self.loss, micro, rt.world_size, rt.device)
+            loss = accumulate(self.loss, micro, rt.world_size, rt.device, tokens)
             # rewards make the loss jump about 0: only what is not finite is skipped
             optimizer_step(self.optimizer, loss, state, grad_clip=None, sigma=None)(self.saver)
         return None if self.start is None else self._mean_divergence(micro)
@@ -137,7 +138,8 @@ class RLTrainer:
         sums = torch.zeros(2, device=self.rt.device)
         for batch in micro:
             assert batch.old is not None and batch.start is not None
-            sums += torch.stack([divergence(batch.old, batch.start).sum(), (batch.targets != -1).sum()])
+            total = (batch.counts * divergence(batch.old, batch.start)).sum()
+            sums += torch.stack([total, batch.counts.sum()])
         total, count = all_reduce(sums).tolist()
         return total / count
 

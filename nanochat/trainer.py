@@ -123,7 +123,11 @@ def survive(evaluate: Evaluation, state: LoopState, rt: Runtime) -> None:
 
 
 def accumulate(
-    model: Callable[..., Tensor], batches: Iterable[Batch], world_size: int = 1, device: Any = "cpu"
+    model: Callable[..., Tensor],
+    batches: Iterable[Batch],
+    world_size: int = 1,
+    device: Any = "cpu",
+    mine: float | None = None,
 ) -> Tensor:
     """Gradients of the mean loss over all targets of all micro-batches of all ranks.
 
@@ -133,14 +137,16 @@ def accumulate(
     Args:
         model: called with a batch's parts and reduction="sum": a GPT, or a loss around one (policy gradients).
         batches: (inputs, targets, ...), both (B, T). Ranks may bring different numbers of them.
+        mine: this rank's targets, where one of a batch stands for several; None = those that are not -1.
 
     Returns:
         () mean loss per target over all ranks, in nats, on the device. 0 where no target is counted.
     """
     batches = list(batches)
-    num_targets = torch.zeros((), device=device)
-    for _, targets, *_ in batches:
-        num_targets += (targets != -1).sum()
+    num_targets = torch.tensor(float(mine or 0), device=device)
+    if mine is None:
+        for _, targets, *_ in batches:
+            num_targets += (targets != -1).sum()
     all_reduce(num_targets)
     num_targets.clamp_(min=1)
     total = torch.zeros_like(num_targets)

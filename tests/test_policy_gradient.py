@@ -80,6 +80,7 @@ def test_only_sampled_tokens_are_targets_and_carry_their_answers_advantage():
     (batch,) = batches(example(), "mean", 8, PAD, CPU)
     assert batch.inputs.tolist() == [[1, 2, 5, PAD, PAD], [1, 2, 3, 4, PAD], [1, 2, 3, 7, 6]]
     assert batch.targets.tolist() == [[-1, 5, -1, -1, -1], [-1, 3, 4, -1, -1], [-1, 3, -1, 6, 4]]
+    assert batch.counts.tolist() == [[0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 0, 1, 1]]
     assert batch.advantages.tolist() == [[0, -0.5, 0, 0, 0], [0, 0.5, 0.5, 0, 0], [0, 0, 0, 0, 0]]
 
 
@@ -159,6 +160,32 @@ def test_the_kl_term_is_half_the_squared_log_ratio_of_each_sampled_token():
     assert_close(gradients(ours), gradients(plain), atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_equal_answers_to_a_prompt_are_computed_once_and_count_as_often_as_they_came(kl):
+    long, short, other = [1, 2, 3, 4], [1, 2, 5], [8, 9, 5]
+    sequences, rewards = [long, short, long, long, other, other, other, [8, 9, 4]], [[1, 0, 1, 1], [0, 1, 0, 1]]
+    r = rollouts(rewards, sequences, [[0, 0] + [1] * (len(ids) - 2) for ids in sequences])
+    ours, plain, start = tiny_gpt(0), tiny_gpt(0), tiny_gpt(1)
+    micro = batches(r, "mean", 8, PAD, CPU)
+    # of the second prompt's three equal answers one got another reward: that is another row
+    assert [int(counts.max()) for batch in micro for counts in batch.counts] == [1, 2, 1, 1, 3]
+    terms = []
+    for row, ids in enumerate(sequences):
+        advantage = rewards[row // 4][row % 4] - sum(rewards[row // 4]) / 4
+        for at in range(2, len(ids)):
+            logp, reference = (log_probability(m, ids, at) for m in (plain, start))
+            ratio = (logp - logp.detach()).exp()
+            terms.append(-ratio * advantage + kl * 0.5 * (logp - reference.detach()) ** 2)
+    torch.stack(terms).mean().backward()
+    with torch.no_grad():
+        micro = [
+            b._replace(start=-start(b.inputs, b.targets, reduction="none").view_as(b.targets)) if kl else b
+            for b in micro
+        ]
+    accumulate(PolicyLoss(ours, 0.2, kl), micro, mine=len(terms))
+    assert_close(gradients(ours), gradients(plain), atol=1e-6, rtol=1e-4)
+
+
 def test_the_kl_terms_gradient_is_on_average_that_of_the_kl():
     torch.manual_seed(0)
     logits, start = torch.randn(5, requires_grad=True), torch.randn(5).log_softmax(0)
@@ -173,6 +200,6 @@ def test_the_kl_terms_gradient_is_on_average_that_of_the_kl():
 
 def test_a_batch_without_sampled_tokens_adds_nothing():
     model = tiny_gpt()
-    nothing = Batch(torch.ones(1, 3, dtype=torch.int64), torch.full((1, 3), -1), torch.zeros(1, 3))
+    nothing = Batch(torch.ones(1, 3, dtype=torch.int64), torch.full((1, 3), -1), torch.zeros(1, 3), torch.zeros(1, 3))
     assert accumulate(PolicyLoss(model, 0.2), [nothing]).item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
