@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,15 @@ def is_same_everywhere(digest: str) -> bool:
     number = int(digest[:15], 16)
     most = all_reduce(torch.tensor([number, -number], device=device), "max")
     return bool(most[0] == -most[1])
+
+
+def gather(mine: list[T]) -> list[T]:
+    """The items of all ranks, rank after rank, on each of them. By messages: nodes may have no folder in common."""
+    if not dist.is_initialized():
+        return mine
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return list(chain.from_iterable(parts))
 
 
 class RankError(RuntimeError):

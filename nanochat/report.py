@@ -39,7 +39,8 @@ SECTIONS = (
     "chat-evaluation-rl",
 )
 RL_SECTIONS = ("chat-rl", "chat-evaluation-rl")
-NOT_SECTIONS = ("header", "report")
+NOT_SECTIONS = ("header", "report", "rollouts")
+ROLLOUTS = "rollouts.md"  # a page of its own, which chat_rl writes and its section links
 COLUMNS = {
     "BASE": "base-model-evaluation",
     "MID": "chat-evaluation-mid",
@@ -236,7 +237,8 @@ class Report:
         self.report_dir.mkdir(parents=True, exist_ok=True)
         for path in self._section_paths().values():
             path.unlink()
-        (self.report_dir / "report.md").unlink(missing_ok=True)
+        for name in ("report.md", ROLLOUTS):
+            (self.report_dir / name).unlink(missing_ok=True)
         if self.copy_to is not None:
             self.copy_to.unlink(missing_ok=True)
         for folder in ("curves", "plots"):
@@ -272,8 +274,10 @@ class Report:
         path = self.report_dir / "report.md"
         write_atomically(path, text + format_plots(plots, "plots"))
         if self.copy_to is not None and self.copy_to.resolve() != path.resolve():
+            text = text.replace(f"]({ROLLOUTS})", f"](report/{ROLLOUTS})")
             write_atomically(self.copy_to, text + format_plots(plots, "report/plots"))
-            self._copy_plots(plots)
+            self._copy(plots, "report/plots")
+            self._copy([p for p in [self.report_dir / ROLLOUTS] if p.exists()], "report")
         return path
 
     def _draw_plots(self, sections: Mapping[str, str]) -> list[Path]:
@@ -284,14 +288,14 @@ class Report:
         scores = summary_rows(sections, ours=True)
         return draw_all(self.report_dir / "curves", scores, self.report_dir / "plots")
 
-    def _copy_plots(self, plots: Sequence[Path]) -> None:
+    def _copy(self, files: Sequence[Path], to: str) -> None:
+        """Put files of the report beside its copy, where its links look for them."""
         assert self.copy_to is not None
-        folder = self.copy_to.parent / "report" / "plots"
-        if not plots or folder.resolve() == (self.report_dir / "plots").resolve():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for plot in plots:
-            shutil.copyfile(plot, folder / plot.name)
+        folder = self.copy_to.parent / to
+        for file in files:
+            if folder.resolve() != file.parent.resolve():
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / file.name)
 
 
 class NoReport(Report):

@@ -33,7 +33,7 @@ WARMUP_STEPS_UNTIMED = 10  # steps that compile and warm caches: not in the trai
 SECONDS_PER_LINE = 1.0
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
-Batch = tuple[Tensor, ...]  # (inputs, targets) or (inputs, targets, weights)
+Batch = tuple[Any, ...]  # (inputs, targets), and whatever else a loss of its own takes
 
 
 class Loader(Protocol):
@@ -123,7 +123,11 @@ def survive(evaluate: Evaluation, state: LoopState, rt: Runtime) -> None:
 
 
 def accumulate(
-    model: Callable[..., Tensor], batches: Iterable[Batch], world_size: int = 1, device: Any = "cpu"
+    model: Callable[..., Tensor],
+    batches: Iterable[Batch],
+    world_size: int = 1,
+    device: Any = "cpu",
+    mine: float | None = None,
 ) -> Tensor:
     """Gradients of the mean loss over all targets of all micro-batches of all ranks.
 
@@ -131,24 +135,23 @@ def accumulate(
     count for little, and one with none for nothing. The optimizer averages over ranks, hence the factor.
 
     Args:
-        batches: (inputs, targets), both (B, T), or with weights (B, T) on the losses (policy gradients). Ranks
-            may bring different numbers of them.
+        model: called with a batch's parts and reduction="sum": a GPT, or a loss around one (policy gradients).
+        batches: (inputs, targets, ...), both (B, T). Ranks may bring different numbers of them.
+        mine: this rank's targets, where one of a batch stands for several; None = those that are not -1.
 
     Returns:
         () mean loss per target over all ranks, in nats, on the device. 0 where no target is counted.
     """
     batches = list(batches)
-    num_targets = torch.zeros((), device=device)
-    for _, targets, *_ in batches:
-        num_targets += (targets != -1).sum()
+    num_targets = torch.tensor(float(mine or 0), device=device)
+    if mine is None:
+        for _, targets, *_ in batches:
+            num_targets += (targets != -1).sum()
     all_reduce(num_targets)
     num_targets.clamp_(min=1)
     total = torch.zeros_like(num_targets)
-    for inputs, targets, *weights in batches:
-        if weights:
-            loss = (model(inputs, targets, reduction="none") * weights[0].reshape(-1)).sum() / num_targets
-        else:
-            loss = model(inputs, targets, reduction="sum") / num_targets
+    for batch in batches:
+        loss = model(*batch, reduction="sum") / num_targets
         (loss * world_size).backward()
         total += loss.detach()
     return all_reduce(total)

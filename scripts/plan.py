@@ -85,7 +85,7 @@ def chat_sft(c: Any, recipe: Recipe, model: Estimator) -> Estimate:
 
 
 def chat_rl(c: Any, recipe: Recipe, model: Estimator) -> Estimate:
-    steps = c.num_iterations or c.num_epochs * (plan.RL_EXAMPLES.get(c.task, plan.OTHER) // c.examples_per_step)
+    steps = c.num_iterations or c.num_epochs * (plan.RL_EXAMPLES.get(c.task_name, plan.OTHER) // c.examples_per_step)
     return model.reinforcement(
         steps,
         c.examples_per_step,

@@ -138,3 +138,6 @@ class AQUA(Task):
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         return extract_letter(response) == gold_letter(conversation)
+
+    def parsed(self, response: str) -> bool:
+        return extract_letter(response) is not None

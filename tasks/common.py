@@ -71,6 +71,10 @@ class Task:
         """What reinforcement learning maximises."""
         return float(self.evaluate(conversation, response))
 
+    def parsed(self, response: str) -> bool | None:
+        """Whether an answer, right or wrong, can be read out of a response; None: the task asks for no format."""
+        return None
+
     def __len__(self) -> int:
         stop = self.num_examples() if self.stop is None else min(self.stop, self.num_examples())
         return max(0, -(-(stop - self.start) // self.step))
@@ -214,6 +218,11 @@ def same_number(a: str | None, b: str | None) -> bool:
         return a is not None and b is not None and float(a) == float(b)
     except ValueError:
         return False
+
+
+def has_final_answer(response: str) -> bool:
+    """Whether there is a number after `#### `."""
+    return final_answer(response) is not None
 
 
 def evaluate_letter(conversation: Conversation, response: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tasks.common import Conversation, HubTask, evaluate_final_answer, evaluate_final_number
+from tasks.common import Conversation, HubTask, evaluate_final_answer, evaluate_final_number, has_final_answer
 
 CALCULATION = re.compile(r"<<(.*?)>>", re.DOTALL)
 
@@ -46,3 +46,6 @@ class GSM8K(HubTask):
 
     def evaluate_lenient(self, conversation: Conversation, response: str) -> bool:
         return evaluate_final_number(conversation, response)
+
+    def parsed(self, response: str) -> bool:
+        return has_final_answer(response)

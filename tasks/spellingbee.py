@@ -14,7 +14,7 @@ from typing import Any
 
 from nanochat.config import InputError
 from nanochat.environment import base_dir, hub_dir, print0
-from tasks.common import Conversation, Task, evaluate_final_answer, evaluate_final_number
+from tasks.common import Conversation, Task, evaluate_final_answer, evaluate_final_number, has_final_answer
 
 WORDS_FILE = "words_alpha.txt"
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
@@ -173,6 +173,9 @@ class SpellingBee(GeneratedTask):
 
     def evaluate_lenient(self, conversation: Conversation, response: str) -> bool:
         return evaluate_final_number(conversation, response)
+
+    def parsed(self, response: str) -> bool:
+        return has_final_answer(response)
 
 
 def ask_count(rng: random.Random, word: str, letter: str) -> str:

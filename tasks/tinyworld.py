@@ -10,7 +10,15 @@ from typing import Any, ClassVar
 
 from nanochat.config import InputError
 from nanochat.data.tinyworld import SPLITS, checks, conversation
-from tasks.common import Conversation, Task, evaluate_final_answer, evaluate_final_number
+from tasks.aqua import extract_letter
+from tasks.common import (
+    Conversation,
+    Task,
+    evaluate_final_answer,
+    evaluate_final_number,
+    gold_letter,
+    has_final_answer,
+)
 
 TEST_SIZE = 200
 TRAIN_SIZE = 4096  # conversations, unless a size is asked for
@@ -74,6 +82,9 @@ class TinyWordProblems(TinyTask):
     def evaluate_lenient(self, conversation: Conversation, response: str) -> bool:
         return evaluate_final_number(conversation, response)
 
+    def parsed(self, response: str) -> bool:
+        return has_final_answer(response)
+
 
 class TinySpelling(TinyTask):
     """Spell a word."""
@@ -91,6 +102,18 @@ class TinyMC(TinyTask):
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         return checks.is_right_choice(conversation, response)
+
+
+class TinyAQUA(TinyTask):
+    """A word problem with five options, reasoned about and then answered by a letter, as AQuA-RAT's are."""
+
+    kinds = ("choice_problems",)
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        return extract_letter(response) == gold_letter(conversation)
+
+    def parsed(self, response: str) -> bool:
+        return extract_letter(response) is not None
 
 
 class TinyIdentity(TinyTask):

@@ -594,7 +594,7 @@ def test_only_a_complete_default_set_gets_a_mean_and_tinyworlds_has_its_own_name
 
 
 def test_every_name_has_a_task_and_unknown_ones_list_what_there_is():
-    assert set(REAL) | set(TINYWORLD) | {"AQUA"} == set(EVAL_TASKS)
+    assert set(REAL) | set(TINYWORLD) | {"AQUA", "TinyAQUA"} == set(EVAL_TASKS)
     assert set(BASELINES) < set(EVAL_TASKS)
     for look_up in (eval_task, rl_tasks):
         with pytest.raises(InputError, match=r"there are .*GSM8K"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from bench import post_training, rollouts
 from nanochat import checkpoint, report
 from scripts import base_eval, base_loss, base_train, chat_eval, chat_rl, chat_sft, mid_train, tok_eval, tok_train
 
@@ -26,10 +28,23 @@ SFT = [
     *("--device_batch_size=4", "--target_examples_per_step=8", "--num_iterations=4", "--eval_steps=2"),
     *("--eval_metrics_every=-1",),
 ]
+# by a reward that differs from answer to answer: this toy gets no sum right, and equal rewards teach nothing
+REWARD = """
+def distinct(conversation, answer):
+    return len(set(answer)) / 10
+"""
 RL = [
-    *("--task=TinySums", "--examples_per_step=2", "--num_samples=2", "--device_batch_size=2", "--max_new_tokens=8"),
+    *(
+        "--task=TinySums",
+        "--reward=mine.py:distinct",
+        "--examples_per_step=2",
+        "--num_samples=2",
+        "--device_batch_size=2",
+        "--max_new_tokens=8",
+    ),
     *("--num_iterations=2", "--eval_examples=2"),
 ]
+OFF_POLICY = [*RL, "--kl=0.5", "--updates_per_batch=2", "--advantage=leave_one_out"]
 
 
 def run_all(base: Path) -> None:
@@ -54,6 +69,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("NANOCHAT_BASE_DIR", str(path))
         patch.setenv("NANOCHAT_DTYPE", "float32")
         patch.chdir(path)
+        (path / "mine.py").write_text(REWARD)
         run_all(path)
         report.get_report().generate()
     return path
@@ -100,8 +116,20 @@ def test_each_stage_leaves_one_verified_checkpoint_that_names_its_tokenizer(at: 
     [("base", base_train, BASE), ("mid", mid_train, MID), ("sft", chat_sft, SFT), ("rl", chat_rl, RL)],
 )
 def test_a_run_stopped_halfway_and_resumed_equals_one_that_was_not(at: Path, source: str, stage, flags: list[str]):
+    assert_resumes_exactly(source, stage, flags)
+
+
+def test_rl_with_a_start_model_and_two_updates_a_batch_resumes_exactly(at: Path):
+    """Its KL is to the start model, not to the checkpoint that it goes on from."""
+    chat_rl.main(OFF_POLICY)
+    assert_resumes_exactly("rl", chat_rl, OFF_POLICY)
+
+
+def assert_resumes_exactly(source: str, stage, flags: list[str]) -> None:
+    """Args: flags: those of the last run of the stage."""
     path = checkpoint.find(source)
     whole = checkpoint.load(path, with_optimizer=True)
+    assert all(norm > 0 for norm in whole.meta["loop_state"]["history"]["norms"]), "nothing was learnt"
     half = whole.meta["step"] // 2
     stage.main([*flags, f"--save_every={half}"])
     stage.main([*flags, f"--resume={half}"])
@@ -109,6 +137,59 @@ def test_a_run_stopped_halfway_and_resumed_equals_one_that_was_not(at: Path, sou
     assert all(whole.model[k].equal(resumed.model[k]) for k in whole.model)
     assert all(whole.optimizer[k].equal(resumed.optimizer[k]) for k in whole.optimizer)
     assert whole.meta["loader_cursor"] == resumed.meta["loader_cursor"]
+
+
+def test_rl_does_not_go_on_with_another_reward_or_another_start_model(at: Path, capsys):
+    chat_rl.main([*OFF_POLICY, "--save_every=1"])
+    again = [*OFF_POLICY, "--resume=1"]
+    (at / "mine.py").write_text(REWARD + "# changed")
+    try:
+        with pytest.raises(SystemExit):
+            chat_rl.main(again)
+    finally:
+        (at / "mine.py").write_text(REWARD)
+    assert "the training data changed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        chat_rl.main([*again, "--source=mid"])
+    assert "the start model has changed" in capsys.readouterr().err
+
+
+def test_rl_leaves_a_page_of_rollouts_that_the_report_links(at: Path):
+    assert "[Sampled rollouts](report/rollouts.md)" in (at / "report.md").read_text()
+    text = (at / "report" / "rollouts.md").read_text()
+    assert re.findall(r"^## (.*)$", text, re.M) == ["Step 0", "Step 2"] and "Best (reward" in text
+
+
+def test_rl_on_prompts_and_a_reward_of_your_own(at: Path):
+    lines = [[{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "yes"}] for i in range(6)]
+    (at / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [flag for flag in RL if not flag.startswith("--task")]
+    chat_rl.main([*flags, "--conversations=mine.jsonl", "--num_iterations=1"])
+    section = (at / "report" / "chat-rl.md").read_text()
+    assert "- task: mine.jsonl\n" in section and "Reward at the end" in section
+
+
+@pytest.fixture
+def copy_of_base(at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For what replaces checkpoints."""
+    shutil.copytree(at, tmp_path / "base")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    return tmp_path / "base"
+
+
+def test_the_rollout_benchmark_counts_each_ways_answers(at: Path, capsys):
+    flags = ["--task=TinySums", "--prompts=3", "--num_samples=2", "--max_new_tokens=4", "--singles=2", "--repeats=1"]
+    rollouts.main(flags)
+    out = capsys.readouterr().out
+    assert re.search(r"3 prompts x 2 \| 6 ", out) and re.search(r"one answer at a time \| 2 ", out)
+
+
+def test_the_post_training_benchmark_scores_before_and_after_rl(copy_of_base: Path, capsys):
+    sizes = ["--rows=8", "--sft_steps=1", "--rl_steps=1", "--examples_per_step=1", "--num_samples=2"]
+    post_training.main(["--task=TinyAQUA", *sizes, "--max_new_tokens=4", "--seeds=0"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(s["seed"], s["problems"], s["p_value"]) for s in result["seeds"]] == [(0, 200, 1.0)]
+    assert all(0.2 < s["majority"] < 0.4 for s in result["seeds"])
 
 
 def test_an_altered_checkpoint_is_refused_by_the_next_stage_in_one_line(at: Path, capsys):
@@ -139,6 +220,11 @@ def test_an_altered_checkpoint_is_refused_by_the_next_stage_in_one_line(at: Path
         (chat_sft, [*SFT, "--target_examples_per_step=7"], "try 8"),
         (chat_rl, [*RL, "--num_samples=1"], "--num_samples"),
         (chat_rl, [*RL, "--task=Chess"], "Chess"),
+        (chat_rl, ["--conversations=mine.jsonl"], "--reward=FILE.py:function"),
+        (chat_rl, [*RL, "--conversations=mine.jsonl"], "give one"),
+        (chat_rl, [*RL, "--kl=0.1", "--source=rl"], "--source=rl"),
+        (chat_rl, [*RL, "--clip=1.5"], "--clip"),
+        (chat_rl, [*RL, "--reward=mine.py:other"], "has no function other"),
         (base_loss, ["--device_batch_size=2", "--split_tokens=500"], "512"),
         (chat_eval, ["-i", "sft", "-a", "Chess"], "Chess"),
     ],

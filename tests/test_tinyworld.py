@@ -270,6 +270,18 @@ def test_tool_calls_return_what_the_calculator_returns(kind):
                 assert output["text"] == calculate(call["text"])
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_choice_problem_has_five_options_of_which_the_letters_one_is_the_result(split):
+    for i in range(200):
+        chat = conversation("choice_problems", split, i)
+        question, parts = (message["content"] for message in chat["messages"])
+        options = dict(re.findall(r"^- (\d+)=([A-E])$", question, re.MULTILINE))
+        assert sorted(options.values()) == chat["letters"] == list("ABCDE")
+        result = [part["text"] for part in parts if part["type"] == "python_output"][-1]
+        assert options[result] == chat["answer_letter"]
+        assert parts[-1]["text"].endswith(f"It is {result}={options[result]}\nAnswer: {options[result]}")
+
+
 def test_a_sum_is_copied_from_the_question_and_ends_with_the_equation():
     for i in range(100):
         chat = conversation("sums", "test", i)

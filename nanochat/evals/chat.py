@@ -11,12 +11,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from nanochat.config import InputError
@@ -25,7 +23,7 @@ from nanochat.evals import records
 from nanochat.evals.records import EMPTY, GRADER_ERROR, RIGHT, WRONG, Answer, Record
 from nanochat.evals.stats import mean_and_error, pass_at_k, wilson
 from nanochat.gpt import GPT
-from nanochat.ranks import together
+from nanochat.ranks import gather, together
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 
@@ -142,19 +140,10 @@ def evaluate_task(
         return total, _solve_mine(solver, name, total, batch_size, rt, with_prompts=record_to is not None)
 
     total, mine = together(on_this_rank)
-    solved = _gather(mine)
+    solved = sorted(gather(mine), key=lambda record: record.index)
     if record_to is not None:
         together(lambda: records.write(record_to, solved) if rt.is_master else None)
     return summarise(solved, total, task.has_lenient_rule)
-
-
-def _gather(mine: list[Record]) -> list[Record]:
-    """The records of all ranks, in the task's order. Over the network: nodes may have no folder in common."""
-    if not dist.is_initialized():
-        return mine
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return sorted(chain.from_iterable(parts), key=lambda record: record.index)
 
 
 def _solve_mine(

@@ -74,6 +74,11 @@ def _word_problems(rng: random.Random, split: str, index: int) -> Conversation:
     return _chat(question, parts, answer=str(result))
 
 
+def _choice_problems(rng: random.Random, split: str, index: int) -> Conversation:
+    prompt, parts, letter = problems.choice_problem(rng, split)
+    return _chat(prompt, parts, letters=list(problems.LETTERS), answer_letter=letter)
+
+
 def spelling_templates(split: str) -> list[str]:
     """All ways to ask for a spelling, with {w} open. Documents ask by the first frame, so it is never held out."""
     return [
@@ -136,8 +141,10 @@ _MAKERS: dict[str, Callable[[random.Random, str, int], Conversation]] = {
     "smalltalk": functools.partial(_talk, chitchat.SMALLTALK),
     "stories": _stories,
     "dialogue": _dialogue,
+    "choice_problems": _choice_problems,
 }
 KINDS = tuple(_MAKERS)
+NUMBERED = 9  # kinds that are seeded by their number; a later one must not change their conversations
 
 
 def conversation(kind: str, split: str, index: int) -> Conversation:
@@ -156,5 +163,8 @@ def conversation(kind: str, split: str, index: int) -> Conversation:
         raise InputError(f"tinyworld has no conversations of kind {kind!r}; use {', '.join(KINDS)}")
     if split not in SPLITS or index < 0:
         raise InputError(f"tinyworld has no {kind} conversation {split!r} {index}; use {', '.join(SPLITS)}, from 0")
-    seed = ((index * len(KINDS)) + KINDS.index(kind)) * len(SPLITS) + SPLITS.index(split)
+    number = KINDS.index(kind)
+    seed: int | str = (index * NUMBERED + number) * len(SPLITS) + SPLITS.index(split)
+    if number >= NUMBERED:
+        seed = f"{kind}/{split}/{index}"
     return _MAKERS[kind](random.Random(seed), split, index)

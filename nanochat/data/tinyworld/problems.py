@@ -278,6 +278,24 @@ def word_problem(rng: random.Random, split: str) -> tuple[str, list[Part], int]:
     return text, _work(numbers, theme.ops), _result(numbers, theme.ops)
 
 
+LETTERS = ("A", "B", "C", "D", "E")
+ASK_LETTER = "Solve this problem. Reason briefly, then finish with a last line `Answer: <letter>`."
+
+
+def choice_problem(rng: random.Random, split: str) -> tuple[str, list[Part], str]:
+    """(prompt, answer parts, letter): a word problem with five options, in the form of tasks/aqua.py. The work is
+    shown first, then the option's line as it stands in the list, then the letter."""
+    question, parts, result = word_problem(rng, split)
+    steps = [int(part["text"]) for part in parts if part["type"] == "python_output"]
+    near = [result + d for d in (-10, -3, -2, -1, 1, 2, 3, 10)] + [int(str(result)[::-1]), 2 * result, *steps[:-1]]
+    choices = [result, *rng.sample(sorted({n for n in near if n > 0} - {result}), len(LETTERS) - 1)]
+    rng.shuffle(choices)
+    letter = LETTERS[choices.index(result)]
+    listing = "\n".join(f"- {choice}={name}" for choice, name in zip(choices, LETTERS, strict=True))
+    last = {"type": "text", "text": f"{result}.\nIt is {result}={letter}\nAnswer: {letter}"}
+    return f"{ASK_LETTER}\n\nMultiple Choice question: {question}\n{listing}", [*parts[:-1], last], letter
+
+
 def _result(numbers: list[int], ops: str) -> int:
     result = numbers[0]
     for op, number in zip(ops, numbers[1:], strict=True):
