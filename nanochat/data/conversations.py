@@ -17,8 +17,9 @@ from nanochat.tokenizer import Tokenizer
 class PaddedConversations:
     """(inputs, targets), both (B, T) int64, with targets only where the assistant speaks (-1 elsewhere).
 
-    Conversations come in order, without end; each optimizer step's `accum` global batches of B conversations a rank
-    are the next run of them, so that steps do not depend on the number of ranks. Within a step they come by length:
+    Conversations come in order and begin anew after the last, until `total` were taken (None = without end). Each
+    optimizer step's `accum` global batches of B conversations a rank are the next run of them, so that steps do not
+    depend on the number of ranks; the last is filled up with rows without targets. Within a step they come by length:
     rows are cut after sequence_len + 1 tokens and padded on the right to the longest of their batch, and lengths differ
     by ten times and more. To sort them, each rank renders the whole step.
     """
@@ -32,8 +33,9 @@ class PaddedConversations:
         rt: Runtime,
         cursor: int | None = None,
         accum: int = 1,
+        total: int | None = None,
     ) -> None:
-        self.conversations, self.tokenizer = conversations, tokenizer
+        self.conversations, self.tokenizer, self.total = conversations, tokenizer, total
         self.batch_size, self.sequence_len, self.rt, self.accum = batch_size, sequence_len, rt, accum
         self.position = cursor or 0  # conversations taken so far by all ranks
         self.pad = tokenizer.encode_special("<|assistant_end|>")
@@ -44,10 +46,12 @@ class PaddedConversations:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batch = self.batch_size * self.rt.world_size  # of all ranks
-        while True:
-            numbers = range(self.position, self.position + batch * self.accum)
+        while self.total is None or self.position < self.total:
+            end = self.position + batch * self.accum
+            numbers = range(self.position, end if self.total is None else min(end, self.total))
             conversations = [self.conversations[i % len(self.conversations)] for i in numbers]
             rendered = [self.tokenizer.render_conversation(c, self.sequence_len + 1) for c in conversations]
+            rendered += [([self.pad], [0])] * (batch * self.accum - len(rendered))
             rendered.sort(key=lambda row: len(row[0]))
             for first in range(self.rt.rank * self.batch_size, len(rendered), batch):
                 self.position += batch
