@@ -26,7 +26,7 @@ from torch import Tensor
 from nanochat import checkpoint, guards, resume, runtime, scaling
 from nanochat.checkpoint import Checkpoint
 from nanochat.config import InputError, flag, report_config, run_cli
-from nanochat.data.conversations import PaddedConversations
+from nanochat.data.conversations import PackedSteps, padded
 from nanochat.environment import print0
 from nanochat.evals.chat import evaluate_task
 from nanochat.optim import build_optimizer
@@ -50,7 +50,7 @@ class ChatSFTConfig:
     source: str = flag("mid", "stage to start from", choices=("mid", "base", "sft"))
     device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="")
     dtype: str | None = flag(None, "compute dtype; None = the device's", off="None", choices=tuple(runtime.DTYPES))
-    device_batch_size: int = flag(4, "conversations a forward pass and rank")
+    device_batch_size: int = flag(4, "rows of packed conversations a forward pass and rank")
     num_epochs: int = flag(1, "passes over the training rows")
     num_iterations: int | None = flag(None, "optimizer steps; -1 = num_epochs", off=-1)
     target_examples_per_step: int = flag(32, "conversations per optimizer step over all ranks")
@@ -139,22 +139,6 @@ def tags(cfg: ChatSFTConfig) -> tuple[str, str]:
     return tag, save_tag
 
 
-def accumulation(cfg: ChatSFTConfig, world_size: int) -> int:
-    """Micro-batches of a step.
-
-    Raises:
-        InputError: target_examples_per_step does not divide.
-    """
-    per_pass = cfg.device_batch_size * world_size
-    if cfg.target_examples_per_step % per_pass:
-        near = max(1, round(cfg.target_examples_per_step / per_pass)) * per_pass
-        raise InputError(
-            f"--target_examples_per_step {cfg.target_examples_per_step} is no multiple of the {per_pass} conversations "
-            f"of one pass ({cfg.device_batch_size} rows x {world_size} ranks); try {near}"
-        )
-    return cfg.target_examples_per_step // per_pass
-
-
 @torch.no_grad()
 def loss_sums(model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor) -> Tensor:
     """(4,) fp64 of this rank: nats and number of all supervised tokens; nats and bytes of those that stand for text."""
@@ -177,7 +161,6 @@ def build(
     saved: Checkpoint | None = None,
 ) -> Trainer:
     """source: the manifest of the checkpoint that `model` is from."""
-    accum = accumulation(cfg, rt.world_size)
     total = None if cfg.num_iterations else len(train) * cfg.num_epochs
     steps = cfg.num_iterations or -(-len(train) * cfg.num_epochs // cfg.target_examples_per_step)
     optimizer = build_optimizer(
@@ -192,8 +175,8 @@ def build(
     meta = resume.stage_facts(cfg, model, tokenizer, fingerprint(train), source["user_config"].get("dataset"))
     state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
     directory = checkpoint.tag_directory("sft", source["tag"])
-    rows, T = cfg.device_batch_size, model.config.sequence_len
-    loader = PaddedConversations(train, tokenizer, rows, T, rt, cursor, accum, total)
+    examples, rows, T = cfg.target_examples_per_step, cfg.device_batch_size, model.config.sequence_len
+    loader = PackedSteps(train, tokenizer, examples, rows, T, rt, cursor, total)
 
     def schedule(state: LoopState) -> tuple[float, None]:
         return scaling.lr_multiplier(state.step / steps, warmdown=1.0), None
@@ -208,7 +191,7 @@ def build(
         saver=Saver(rt, directory, model, optimizer, meta, state, cfg.save_every, cfg.keep_last),
         tokens_per_step=None,
         schedule=schedule,
-        grad_accum_steps=accum,
+        grad_accum_steps=None,
         num_iterations=steps,
         flops_per_token=model.config.shape.flops_per_token,
         guard_sigma=cfg.guard_sigma,
@@ -247,8 +230,8 @@ def run(cfg: ChatSFTConfig) -> LoopState:
 
     def validate(state: LoopState) -> None:
         model.eval()
-        loader = PaddedConversations(val, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt)
-        sums = together(lambda: loss_sums(model, itertools.islice(loader, cfg.eval_steps), token_bytes))
+        batches = padded(val, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt)
+        sums = together(lambda: loss_sums(model, itertools.islice(batches, cfg.eval_steps), token_bytes))
         nats, tokens, text_nats, num_bytes = all_reduce(sums.to(rt.device)).tolist()
         losses.append(nats / max(1, tokens))
         bpb = text_nats / math.log(2) / max(1, num_bytes)
