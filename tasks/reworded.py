@@ -49,7 +49,7 @@ CLOSERS = ("please", "again", "now", "for me", "thanks", "do you know", "if you 
 # Words that may go, or stand anywhere: they never decide what is asked.
 FILLERS = frozenset(
     "a an the is are was were be been do does did can could would will should may must has have had of for to in on at"
-    " by from with about that this these those it its there what which who whom whose please tell say give name know"
+    " by from with about that this these those it its there what which who whom whose please tell say give know"
     " want need like me my i you your we us our and so just again now then also really actually exactly called"
     " find remember someone people use used right answer question any some one".split()
 )
@@ -69,7 +69,7 @@ def reword(text: str, rng: random.Random) -> str:
     last = re.search(r"[.!?]+$", stem)
     stem = stem[: last.start()] if last else stem
     words = [w.lower() for w in stem.split()]
-    is_english = any(w in FILLERS for w in words) and len(words) - sum(w in FILLERS for w in words) > 1
+    is_english = any(w in FILLERS for w in words) and not all(w in FILLERS for w in words)
     if not is_english or re.search(r"[.!?\n]\s", stem):
         return stem + rng.choice(("", last.group() if last else ""))
     way = rng.random()
