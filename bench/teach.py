@@ -158,7 +158,7 @@ def teach(cfg: TeachConfig, tag: str, seed: int) -> float:
     command = [sys.executable, "-m", "scripts.chat_sft", "--source=sft", f"--model_tag={tag}"]
     command += [f"--conversations={path}", f"--seed={seed}", *cfg.flags.split()]
     t0 = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=sys.stderr)
     return time.perf_counter() - t0
 
 

@@ -8,7 +8,7 @@
 Reads mid_checkpoints/<tag>/ (or base_checkpoints/); writes chatsft_checkpoints/<tag>/.
 
 --source=sft goes on from the SFT model, and writes <tag>-own beside it. Settings that are left out are those of the
-run that made it; your conversations are shown 40 times, in other words each time, among as many others.
+run that made it; your conversations are shown many times, in other words each time, among three times as many others.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ChatSFTConfig:
         (), "NAME[:rows[:epochs]]: change or add this row of the mixture", off="None", new=True
     )
     conversations: tuple[str, ...] = flag((), "FILE.jsonl[:epochs]: your own conversations", off="None", new=True)
-    replay: float = flag(1.0, "after --source=sft, other conversations for each showing of one of yours", new=True)
+    replay: float = flag(3.0, "after --source=sft, other conversations for each showing of one of yours", new=True)
     reword: bool = flag(True, "after --source=sft, ask in other words each time (English)", new=True)
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
     step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
@@ -102,24 +102,27 @@ class ChatSFTConfig:
 
 # What an SFT run has settled for its model, which going on from it takes over where the command says nothing.
 SETTLED = (
-    *("device_batch_size", "target_examples_per_step", "unembedding_lr", "embedding_lr", "matrix_lr"),
-    *("weight_decay", "init_lr_frac", "mixture", "task", "aqua_train_examples", "aqua_val_examples"),
+    *("device_batch_size", "target_examples_per_step", "unembedding_lr", "embedding_lr", "matrix_lr", "weight_decay"),
+    *("init_lr_frac", "mixture", "task", "aqua_train_examples", "aqua_val_examples", "eval_steps"),
+    "eval_metrics_every",
 )
 
 
 def settled(cfg: ChatSFTConfig, before: dict[str, Any]) -> ChatSFTConfig:
     """The config with the settings of the run that made an SFT model, `before`, wherever it has its defaults."""
-    defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
-    left = {name: before[name] for name in SETTLED if name in before and getattr(cfg, name) == defaults[name]}
-    for name, value in left.items():
-        if value == "None":
-            left[name] = defaults[name]
-    if isinstance(left.get("task"), str):
-        left["task"] = tuple(left["task"].split(", "))
-    changed = {name: value for name, value in left.items() if value != defaults[name]}
-    if changed:
-        print0("As in the run before: " + ", ".join(f"--{name}={value}" for name, value in changed.items()))
-    return dataclasses.replace(cfg, **changed)
+    taken: dict[str, Any] = {}
+    for f in dataclasses.fields(cfg):
+        if f.name in SETTLED and f.name in before and getattr(cfg, f.name) == f.default:
+            value = before[f.name]
+            if value == f.metadata["off"]:
+                value = f.default if f.name == "task" else None
+            elif f.name == "task":
+                value = tuple(value.split(", "))
+            if value != f.default:
+                taken[f.name] = value
+    if taken:
+        print0("As in the run before: " + ", ".join(f"--{name}={value}" for name, value in taken.items()))
+    return dataclasses.replace(cfg, **taken)
 
 
 def tags(cfg: ChatSFTConfig) -> tuple[str, str]:

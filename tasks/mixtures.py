@@ -75,9 +75,13 @@ ABOUT_ITSELF = ("TinyIdentity", "TinyDialogue")  # tasks in which the model says
 class Teach:
     """Your own conversations to a model that is through with the others."""
 
-    epochs: int = 40  # where --conversations does not say
-    replay: float = 1.0  # conversations of the mixture, drawn from all of it, for each one of yours that is shown
+    replay: float = 3.0  # conversations of the mixture, drawn from all of it, for each one of yours that is shown
     reword: bool = True  # a conversation's questions in other words each time, after the first
+
+    @staticmethod
+    def epochs(rows: int) -> int:
+        """How often to show each of so many, where --conversations does not say: thirty times a hundred."""
+        return min(60, max(4, round(3000 / rows)))
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,11 @@ def open_mixture(
         chosen, validation = sized(chosen), tuple(sized(validation))
     for spec in tasks:
         chosen = with_task(chosen, spec)
-    own_epochs = teach.epochs if teach else OWN_EPOCHS[stage]
-    chosen += [own_row(spec, own_epochs) for spec in conversations]
+    for spec in conversations:
+        row = own_row(spec, OWN_EPOCHS[stage])
+        if teach and spec == row.task:  # it does not say how often
+            row = dataclasses.replace(row, epochs=teach.epochs(len(row.open())))
+        chosen.append(row)
     own = {row: CustomJSON(row.task, **row.cut) for row in chosen if row.is_own}
     if any(row.task in ABOUT_ITSELF for row in chosen) and any(map(says_who_it_is, own.values())):
         chosen = [row for row in chosen if row.task not in ABOUT_ITSELF]

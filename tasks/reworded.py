@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
 from tasks.common import Conversation, Task
 
@@ -53,18 +54,36 @@ FILLERS = frozenset(
     " want need like me my i you your we us our and so just again now then also really actually exactly called"
     " find remember someone people use used right answer question any some one".split()
 )
-NOISE = tuple(sorted(FILLERS))
+# Frequent words that may stand in a question and not matter, unless they do in another one of the same file.
+NOISE = tuple(
+    sorted(FILLERS)
+    + "after all always ask away back because been before best better big both bring call care check city come country"
+    " course day different each early easy end even ever every family far fast feel few first five friend full get go"
+    " good great group half hand happy hard hear help here high hold home hour house idea important inside interest"
+    " keep kind large last late learn least leave left less letter life like line list little live long look lot love"
+    " made main make many matter maybe mean meet mind minute moment morning most move much near never new next nice"
+    " night nothing number often old once only open order other our out outside over own part past place plan play"
+    " point possible put question read ready real right run same school second see seem send set several show side"
+    " simple sit small soon sort sound speak stand start state stay still stop story street such sure take talk task"
+    " than thing think three through today together tomorrow tonight too town true try turn two under until usual very"
+    " visit wait walk watch way week well whole why without wonder word work world write year yes yesterday yet".split()
+)
 QUESTION = re.compile(
     r"(?i)(?:(?:what|who|which) (?:is|are|was|were)|what's|who's|(?:please )?(?:tell|give) me|name) (.+)"
 )
 WHERE = re.compile(r"(?i)(who|where|when|what|which \w+|what \w+|how \w+) (is|are|was|were|can|will) (\S+(?: \S+)*)")
+DOES = re.compile(r"(?i)(who|where|when|why|what|which \w+|what \w+|how(?: \w+)?) (?:does|do|did) (.+)")
 SUBJECT = re.compile(r"(?i)(who|which \w+|what \w+) (?!do\b|does\b|did\b|is\b|are\b|was\b|were\b|can\b|will\b).+")
 OF = re.compile(r"(?i)^(?:the )?([\w-]+(?: [\w-]+)?) of (.+)$")
 OWNER = re.compile(r"^(.+?)'s? ([\w-]+(?: [\w-]+)?)$")
 
 
-def reword(text: str, rng: random.Random) -> str:
-    """The same question in other words, or in few; the same draw gives the same."""
+def reword(text: str, rng: random.Random, noise: Sequence[str] = NOISE) -> str:
+    """The same question in other words, or in few; the same draw gives the same.
+
+    Args:
+        noise: words that may be put anywhere.
+    """
     stem = text.strip()
     last = re.search(r"[.!?]+$", stem)
     stem = stem[: last.start()] if last else stem
@@ -78,8 +97,8 @@ def reword(text: str, rng: random.Random) -> str:
     elif way < 0.75:
         stem = _keywords(stem, rng)
     stem = stem.rstrip(".!?")
-    if rng.random() < 0.4:
-        stem = _with_noise(stem, rng)
+    if rng.random() < 0.5:
+        stem = _with_noise(stem, rng, noise)
     return _dressed(stem, rng)
 
 
@@ -92,6 +111,8 @@ def _framed(stem: str, rng: random.Random) -> str:
         at = rng.choice((len(words), 1)) if len(words) > 2 else len(words)
         clause = f"{m[1].lower()} {' '.join(words[:at])} {m[2]} {' '.join(words[at:])}".strip()
         return rng.choice(CLAUSE_FRAMES).replace("{x}", clause)
+    if m := DOES.fullmatch(stem):
+        return rng.choice(CLAUSE_FRAMES).replace("{x}", f"{m[1].lower()} {m[2]}")
     if SUBJECT.fullmatch(stem):
         return rng.choice(CLAUSE_FRAMES).replace("{x}", stem[0].lower() + stem[1:])
     return stem
@@ -117,10 +138,10 @@ def _keywords(stem: str, rng: random.Random) -> str:
     return " ".join(words) or stem
 
 
-def _with_noise(stem: str, rng: random.Random) -> str:
-    words = [w for w in stem.split() if w.lower() not in FILLERS or rng.random() < 0.7]
-    for _ in range(rng.randrange(1, 4)):
-        words.insert(rng.randrange(len(words) + 1), rng.choice(NOISE))
+def _with_noise(stem: str, rng: random.Random, noise: Sequence[str]) -> str:
+    words = [w for w in stem.split() if w.lower() not in FILLERS or rng.random() < 0.6]
+    for _ in range(rng.randrange(1, 5)):
+        words.insert(rng.randrange(len(words) + 1), rng.choice(noise))
     return " ".join(words)
 
 
@@ -146,6 +167,8 @@ class Reworded(Task):
     def __init__(self, task: Task, variant: int) -> None:
         super().__init__()
         self.task, self.variant = task, variant
+        asked = {w for c in task for m in c["messages"] if m["role"] == "user" for w in _words(m["content"])}
+        self.noise = [w for w in NOISE if w in FILLERS or w not in asked]
 
     def num_examples(self) -> int:
         return len(self.task)
@@ -156,6 +179,11 @@ class Reworded(Task):
             return conversation
         rng = random.Random(f"{self.variant} {index}")
         messages = [
-            {**m, "content": reword(m["content"], rng)} if m["role"] == "user" else m for m in conversation["messages"]
+            {**m, "content": reword(m["content"], rng, self.noise)} if m["role"] == "user" else m
+            for m in conversation["messages"]
         ]
         return {**conversation, "messages": messages}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[\w-]+", text.lower())

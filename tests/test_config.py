@@ -205,7 +205,7 @@ def test_the_report_prints_off_values_in_order_and_new_settings_apart():
 
 STAGES = [
     *("tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid_train"),
-    *("chat_sft", "chat_rl", "chat_eval", "chat_cli", "chat_web"),
+    *("chat_sft", "chat_rl", "chat_eval", "chat_cli", "chat_web", "make_identity"),
 ]
 
 

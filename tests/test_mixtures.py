@@ -138,14 +138,19 @@ def test_who_the_model_is_comes_from_your_conversations_if_they_say_it(tmp_path:
 
 def test_teaching_shows_yours_often_in_other_words_among_as_many_others(tmp_path: Path):
     mine = write(tmp_path / "mine.jsonl", ["What is the color of the old mill?", "Who owns the red boat?"])
-    mixture = opened("tinyworld", conversations=[mine], teach=Teach(epochs=30, replay=0.5))
+    mixture = opened("tinyworld", conversations=[f"{mine}:30"], teach=Teach(replay=0.5))
     own = [c["messages"] for c in mixture.train if str(c["messages"][1]["content"]).startswith("To ")]
     assert len(own) == 60 and len(mixture.train) == 90
     asked = Counter(m[0]["content"] for m in own if "mill" in m[1]["content"])
     assert asked.total() == 30 and len(asked) > 15 and asked["What is the color of the old mill?"] >= 1
     assert {m[1]["content"] for m in own} == {"To What is the color of the old mill?", "To Who owns the red boat?"}
-    as_written = questions(opened("none", conversations=[mine], teach=Teach(epochs=3, reword=False)))
+    as_written = questions(opened("none", conversations=[f"{mine}:3"], teach=Teach(reword=False)))
     assert set(as_written.values()) == {3}
+
+
+@pytest.mark.parametrize(("rows", "epochs"), [(10, 60), (100, 30), (300, 10), (5000, 4)])
+def test_few_conversations_are_taught_often_and_many_less_often(rows: int, epochs: int):
+    assert Teach.epochs(rows) == epochs
 
 
 def test_every_task_opens_by_its_name_and_knows_its_splits():
