@@ -235,7 +235,8 @@ def run(cfg: ChatSFTConfig) -> LoopState:
         model.eval()
         batches = padded(val, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt)
         sums = together(lambda: loss_sums(model, itertools.islice(batches, cfg.eval_steps), token_bytes))
-        nats, tokens, text_nats, num_bytes = all_reduce(sums.to(rt.device)).tolist()
+        sums = sums.to(rt.device) if rt.device.type == "cuda" else sums
+        nats, tokens, text_nats, num_bytes = all_reduce(sums).tolist()
         losses.append(nats / max(1, tokens))
         bpb = text_nats / math.log(2) / max(1, num_bytes)
         state.record_val_bpb(bpb)

@@ -46,7 +46,10 @@ OPENERS = (
     *("One more thing:", "Can you help me?", "I forgot:", "I have a question.", "Remind me:", "By the way,", "Okay,"),
     *("My friend asks:", "Just wondering:", "Excuse me,", "For my notes:", "Help me out:", "Do you remember:"),
 )
-CLOSERS = ("please", "again", "now", "for me", "thanks", "do you know", "if you know it", "today", "exactly", "then")
+CLOSERS = (
+    *("please", "again", "now", "for me", "thanks", "do you know", "if you know it", "today", "exactly", "then"),
+    *("and what is it", "and which one", "or not", "if any", "can you say", "I wonder", "and how", "as you know"),
+)
 # Words that may go, or stand anywhere: they never decide what is asked.
 FILLERS = frozenset(
     "a an the is are was were be been do does did can could would will should may must has have had of for to in on at"
@@ -148,7 +151,7 @@ def _with_noise(stem: str, rng: random.Random, noise: Sequence[str]) -> str:
 def _dressed(stem: str, rng: random.Random) -> str:
     if rng.random() < 0.3:
         stem = f"{rng.choice(OPENERS)} {stem}"
-    if rng.random() < 0.15:
+    if rng.random() < 0.25:
         stem = f"{stem}, {rng.choice(CLOSERS)}"
     if rng.random() < 0.15:
         stem = stem.lower()
