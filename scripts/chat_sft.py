@@ -8,7 +8,7 @@
 Reads mid_checkpoints/<tag>/ (or base_checkpoints/); writes chatsft_checkpoints/<tag>/.
 
 --source=sft goes on from the SFT model, and writes <tag>-own beside it. Settings that are left out are those of the
-run that made it; your conversations are shown many times, in other words each time, among three times as many others.
+run that made it; your conversations are shown many times, in other words each time, among four times as many others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from nanochat import checkpoint, guards, resume, runtime, scaling
 from nanochat.checkpoint import Checkpoint
 from nanochat.config import InputError, flag, report_config, run_cli
-from nanochat.data.conversations import PackedSteps, padded
+from nanochat.data.conversations import ConversationSteps, padded
 from nanochat.environment import print0
 from nanochat.evals.chat import evaluate_task
 from nanochat.optim import build_optimizer
@@ -50,7 +50,7 @@ class ChatSFTConfig:
     source: str = flag("mid", "stage to start from", choices=("mid", "base", "sft"))
     device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="")
     dtype: str | None = flag(None, "compute dtype; None = the device's", off="None", choices=tuple(runtime.DTYPES))
-    device_batch_size: int = flag(4, "rows of packed conversations a forward pass and rank")
+    device_batch_size: int = flag(4, "conversations of full length that fit a forward pass and rank")
     num_epochs: int = flag(1, "passes over the training rows")
     num_iterations: int | None = flag(None, "optimizer steps; -1 = num_epochs", off=-1)
     target_examples_per_step: int = flag(32, "conversations per optimizer step over all ranks")
@@ -75,7 +75,7 @@ class ChatSFTConfig:
         (), "NAME[:rows[:epochs]]: change or add this row of the mixture", off="None", new=True
     )
     conversations: tuple[str, ...] = flag((), "FILE.jsonl[:epochs]: your own conversations", off="None", new=True)
-    replay: float = flag(3.0, "after --source=sft, other conversations for each showing of one of yours", new=True)
+    replay: float = flag(4.0, "after --source=sft, other conversations for each showing of one of yours", new=True)
     reword: bool = flag(True, "after --source=sft, ask in other words each time (English)", new=True)
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
     step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
@@ -179,7 +179,7 @@ def build(
     state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
     directory = checkpoint.tag_directory("sft", source["tag"])
     examples, rows, T = cfg.target_examples_per_step, cfg.device_batch_size, model.config.sequence_len
-    loader = PackedSteps(train, tokenizer, examples, rows, T, rt, cursor, total)
+    loader = ConversationSteps(train, tokenizer, examples, rows, T, rt, cursor, total)
 
     def schedule(state: LoopState) -> tuple[float, None]:
         return scaling.lr_multiplier(state.step / steps, warmdown=1.0), None

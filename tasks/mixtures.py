@@ -75,13 +75,13 @@ ABOUT_ITSELF = ("TinyIdentity", "TinyDialogue")  # tasks in which the model says
 class Teach:
     """Your own conversations to a model that is through with the others."""
 
-    replay: float = 3.0  # conversations of the mixture, drawn from all of it, for each one of yours that is shown
+    replay: float = 4.0  # conversations of the mixture, drawn from all of it, for each one of yours that is shown
     reword: bool = True  # a conversation's questions in other words each time, after the first
 
     @staticmethod
     def epochs(rows: int) -> int:
-        """How often to show each of so many, where --conversations does not say: thirty times a hundred."""
-        return min(60, max(4, round(3000 / rows)))
+        """How often to show each of so many, where --conversations does not say: forty times a hundred."""
+        return min(60, max(4, round(4000 / rows)))
 
 
 @dataclass(frozen=True)

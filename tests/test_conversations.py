@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
-from nanochat.data.conversations import PackedSteps, padded, whole_fit
+from nanochat.data.conversations import PASS, ConversationSteps, best_cuts, padded
 from nanochat.runtime import Runtime
 
 BOS = 0
+PAD = 49
 
 
 class Numbers:
@@ -20,6 +22,9 @@ class Numbers:
 
     def get_bos_token_id(self) -> int:
         return BOS
+
+    def encode_special(self, name: str) -> int:
+        return PAD
 
     def render_conversation(self, ids: list[int], max_tokens: int) -> tuple[list[int], list[int]]:
         return ids[:max_tokens], [int(i >= 50) for i in ids[:max_tokens]]
@@ -29,9 +34,9 @@ def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
     return Runtime(torch.device("cpu"), torch.float32, rank=rank, world_size=world_size)
 
 
-def steps(conversations: Any, rank: int = 0, world_size: int = 1, **settings: Any) -> PackedSteps:
+def steps(conversations: Any, rank: int = 0, world_size: int = 1, **settings: Any) -> ConversationSteps:
     defaults = {"examples": 4, "batch_size": 2, "sequence_len": 8}
-    return PackedSteps(conversations, Numbers(), rt=runtime(rank, world_size), **{**defaults, **settings})  # type: ignore[arg-type]
+    return ConversationSteps(conversations, Numbers(), rt=runtime(rank, world_size), **{**defaults, **settings})  # type: ignore[arg-type]
 
 
 def chat(first: int, length: int) -> list[int]:
@@ -52,11 +57,12 @@ def all_targets(conversations: Any) -> Counter[int]:
 
 
 def test_only_what_the_assistant_says_is_a_target_and_neither_padding_nor_bos_is():
-    (inputs, targets), *_ = next(iter(steps([[BOS, 1, 50, 51], [BOS, 60]], examples=2)))
-    assert inputs.tolist() == [[BOS, 1, 50, 51, BOS]]
-    assert targets.tolist() == [[-1, 50, 51, -1, 60]]
-    inputs, targets = next(padded([[BOS, 1, 50, 51], [BOS, 60]], Numbers(), 2, 8, runtime()))  # type: ignore[arg-type]
-    assert inputs.tolist() == [[BOS, 1, 50], [BOS, 60, BOS]]
+    two = [[BOS, 1, 50, 51], [BOS, 60]]
+    (inputs, targets), *_ = next(iter(steps(two, examples=2)))
+    assert inputs.tolist() == [[BOS, 60, PAD], [BOS, 1, 50]]
+    assert targets.tolist() == [[60, -1, -1], [-1, 50, 51]]
+    inputs, targets = next(padded(two, Numbers(), 2, 8, runtime()))  # type: ignore[arg-type]
+    assert inputs.tolist() == [[BOS, 1, 50], [BOS, 60, PAD]]
     assert targets.tolist() == [[-1, 50, 51], [60, -1, -1]]
 
 
@@ -69,17 +75,30 @@ def test_a_conversation_is_cut_after_the_context():
         assert sorted(targets.tolist()) == [[-1, 100, 101, 102, 103], [-1, 200, 201, 202, 203]]
 
 
-def test_a_row_takes_the_longest_that_fits_and_each_conversation_is_whole_in_one():
-    rendered = [([0] * n, [0] * n) for n in (2, 7, 3, 5, 9, 4)]
-    rows = whole_fit(rendered, 9)
-    assert [[len(ids) for ids, _ in row] for row in rows] == [[9], [7, 2], [5, 4], [3]]
-
-
-def test_a_step_takes_the_next_conversations_in_micro_batches_of_few_rows():
+def test_a_step_takes_the_next_conversations_in_batches_of_like_length_within_memory():
     first, second = itertools.islice(steps(CHATS, batch_size=1), 2)
     assert targets_of(first) == all_targets(CHATS[:4])
     assert targets_of(second) == all_targets(CHATS[4:])
-    assert [inputs.shape for inputs, _ in first] == [(1, 6), (1, 7), (1, 2)]  # rows of 7, 5 + 3 and 3 tokens
+    assert [inputs.shape for inputs, _ in first] == [(2, 2), (1, 4), (1, 6)]  # at most 9 tokens, the last included
+
+
+def every_way(lengths: list[int], most: int) -> int:
+    """Tokens of the best of all ways to cut."""
+    if not lengths:
+        return 0
+    ways = [(n * lengths[n - 1], every_way(lengths[n:], most)) for n in range(1, len(lengths) + 1)]
+    return min(tokens + rest + PASS for i, (tokens, rest) in enumerate(ways) if i == 0 or tokens <= most)
+
+
+@pytest.mark.parametrize("most", [1, 500, 1000, 10_000])
+def test_the_cuts_are_the_best_of_all(most: int):
+    rng = random.Random(most)
+    for _ in range(20):
+        lengths = sorted(rng.randrange(2, 300) for _ in range(rng.randrange(1, 10)))
+        batches = [lengths[a:b] for a, b in itertools.pairwise(best_cuts(lengths, most))]
+        assert list(itertools.chain(*batches)) == lengths
+        assert sum(len(b) * b[-1] + PASS for b in batches) == every_way(lengths, most)
+        assert all(len(b) == 1 or len(b) * b[-1] <= most for b in batches)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])

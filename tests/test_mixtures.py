@@ -148,7 +148,7 @@ def test_teaching_shows_yours_often_in_other_words_among_as_many_others(tmp_path
     assert set(as_written.values()) == {3}
 
 
-@pytest.mark.parametrize(("rows", "epochs"), [(10, 60), (100, 30), (300, 10), (5000, 4)])
+@pytest.mark.parametrize(("rows", "epochs"), [(10, 60), (100, 40), (400, 10), (5000, 4)])
 def test_few_conversations_are_taught_often_and_many_less_often(rows: int, epochs: int):
     assert Teach.epochs(rows) == epochs
 

@@ -4,7 +4,6 @@ Both resume from a cursor."""
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 
 Batch = tuple[Tensor, Tensor]  # (inputs, targets), both (B, T) int64; targets are -1 where nothing is to be learned
+PASS = 256  # a micro-batch takes as long as so many tokens besides its own (about 300 at depth 4 on a CPU core)
 Rendered = tuple[list[int], list[int]]  # ids, and for each 1 where the assistant is to learn it
 
 
@@ -27,19 +27,16 @@ def padded(
     is the next B conversations of every rank. Rows are cut after sequence_len + 1 tokens."""
     for first in itertools.count(rt.rank * batch_size, batch_size * rt.world_size):
         numbers = range(first, first + batch_size)
-        rows = [
-            [tokenizer.render_conversation(conversations[i % len(conversations)], sequence_len + 1)] for i in numbers
-        ]
+        rows = [tokenizer.render_conversation(conversations[i % len(conversations)], sequence_len + 1) for i in numbers]
         yield _collate(rows, tokenizer, rt)
 
 
-class PackedSteps:
+class ConversationSteps:
     """The micro-batches of optimizer steps, a list a step, with targets only where the assistant speaks.
 
     A step is the next `examples` conversations, begun anew after the last, until `total` were taken (None = without
-    end); so it does not depend on ranks and memory. They are packed whole into rows of sequence_len + 1 tokens, after
-    which a longer one is cut; the ranks take rows in turn, at most `batch_size` of them a micro-batch. Padding each to
-    the longest of a batch gives half as many targets a second (docs/EXPERIMENTS.md).
+    end); so it does not depend on ranks and memory. Each is a row, cut after sequence_len + 1 tokens, and those of like
+    length make a micro-batch of at most `batch_size` times sequence_len tokens: lengths differ by ten times and more.
     """
 
     def __init__(
@@ -58,42 +55,47 @@ class PackedSteps:
         self.cursor = cursor or 0  # conversations taken so far by all ranks
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        capacity = self.sequence_len + 1
+        T = self.sequence_len
         while self.total is None or self.cursor < self.total:
             end = self.cursor + self.examples
             numbers = range(self.cursor, end if self.total is None else min(end, self.total))
             self.cursor = numbers.stop
             conversations = [self.conversations[i % len(self.conversations)] for i in numbers]
-            rows = whole_fit([self.tokenizer.render_conversation(c, capacity) for c in conversations], capacity)
+            rendered = [self.tokenizer.render_conversation(c, T + 1) for c in conversations]
+            rendered.sort(key=lambda row: len(row[0]))
             # a rank without a row takes part with one that has no target
-            mine = rows[self.rt.rank :: self.rt.world_size] or [[([self.tokenizer.get_bos_token_id()], [0])]]
-            groups = (mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size))
-            yield [_collate(group, self.tokenizer, self.rt) for group in groups]
+            mine = rendered[self.rt.rank :: self.rt.world_size] or [([self.tokenizer.get_bos_token_id()], [0])]
+            cuts = best_cuts([len(ids) for ids, _ in mine], self.batch_size * (T + 1))
+            yield [_collate(mine[a:b], self.tokenizer, self.rt) for a, b in itertools.pairwise(cuts)]
 
 
-def whole_fit(rendered: Sequence[Rendered], capacity: int) -> list[list[Rendered]]:
-    """Rows of up to `capacity` tokens that hold each conversation once and whole: the longest that fits, again and
-    again, and when none fits a new row."""
-    left = sorted(rendered, key=lambda c: len(c[0]))
-    rows = []
-    while left:
-        row, space = [], capacity
-        while (at := bisect_right(left, space, key=lambda c: len(c[0]))) > 0:
-            row.append(left.pop(at - 1))
-            space -= len(row[-1][0])
-        rows.append(row)
-    return rows
+def best_cuts(lengths: Sequence[int], most: int) -> list[int]:
+    """Where to cut rows of rising lengths into batches, each padded to its longest, so that the fewest tokens are
+    computed. A batch has at most `most` of them, and costs PASS more by itself.
+
+    Returns:
+        The first row of each batch, and the number of rows.
+    """
+    costs, starts = [0], [0]  # of the first n rows: tokens of the best way, and where its last batch begins
+    for n, width in enumerate(lengths, start=1):
+        ways = [(costs[a] + (n - a) * width + PASS, a) for a in range(n) if a == n - 1 or (n - a) * width <= most]
+        cost, start = min(ways)
+        costs.append(cost)
+        starts.append(start)
+    cuts = [len(lengths)]
+    while cuts[-1]:
+        cuts.append(starts[cuts[-1]])
+    return cuts[::-1]
 
 
-def _collate(rows: Sequence[Sequence[Rendered]], tokenizer: Tokenizer, rt: Runtime) -> Batch:
-    """Rows of one or more conversations, filled up with BOS to the longest row."""
-    width = max(2, *(sum(len(ids) for ids, _ in row) for row in rows))
-    idx = torch.full((len(rows), width), tokenizer.get_bos_token_id())
+def _collate(rows: Sequence[Rendered], tokenizer: Tokenizer, rt: Runtime) -> Batch:
+    """Padded on the right to the longest."""
+    width = max(2, *(len(ids) for ids, _ in rows))
+    idx = torch.full((len(rows), width), tokenizer.encode_special("<|assistant_end|>"))
     mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        ids = [token for conversation, _ in row for token in conversation]
-        idx[i, : len(ids)] = torch.tensor(ids)
-        mask[i, : len(ids)] = torch.tensor([learned for _, supervised in row for learned in supervised])
+    for row, (ids, supervised) in enumerate(rows):
+        idx[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = torch.tensor(supervised)
     targets = idx[:, 1:].masked_fill(mask[:, 1:] == 0, -1)
     return idx[:, :-1].to(rt.device), targets.to(rt.device)
 
