@@ -69,13 +69,17 @@ def _content_fault(content: Any, parts_allowed: bool) -> str | None:
         return f"content must be a string, got {_brief(content)}"
     if not isinstance(content, Sequence):
         return f"content must be a string or a list of parts, got {_brief(content)}"
+    before = None
     for part in content:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             return f'a part must be {{"type": ..., "text": string}}, got {_brief(part)}'
         if part.get("type") not in PARTS:
             return f"part type {part.get('type')!r} is not known; use {', '.join(PARTS)}"
+        if part["type"] == "python_output" and before != "python":
+            return f"a python_output stands without a python part, its call, right before it: {_brief(part['text'])}"
         if fault := _text_fault(part["text"]):
             return fault
+        before = part["type"]
     return None
 
 

@@ -38,7 +38,7 @@ def flag(
     short: str | None = None,
     new: bool = False,
 ) -> Any:
-    """A dataclass field that is a command-line flag.
+    """A dataclass field that is a command-line flag. One of type tuple[str, ...] may be given several times.
 
     Args:
         off: how the report prints "not set" (the field is then None in code), and a value that the command
@@ -107,6 +107,10 @@ def build_parser(cls: type, about: str = "") -> argparse.ArgumentParser:
         default = None if required else f.default
         shown = "required" if required else f"default {m['off'] if default is None else default}"
         text = f"{m['help']} ({shown})".replace("%", "%%")
+        if typing.get_origin(kind) is tuple:
+            text = f"{m['help']} (may be repeated)".replace("%", "%%")
+            parser.add_argument(*names, dest=f.name, action="append", default=[], metavar="STR", help=text)
+            continue
         if kind is bool:
             parser.add_argument(*names, dest=f.name, action=argparse.BooleanOptionalAction, default=default, help=text)
             continue
@@ -133,7 +137,7 @@ def parse_config(cls: type[C], argv: Sequence[str] | None = None, about: str = "
     if argv[:1] == ["--"]:  # torchrun's separator; harmless without torchrun too
         argv = argv[1:]
     values = vars(build_parser(cls, about).parse_args(argv))
-    return cls(**values)
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 # What torch says in errors of a rank that is gone or has not answered in time; all else it reports is of this rank.
@@ -190,6 +194,7 @@ def report_config(cfg: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     new: dict[str, Any] = {}
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
+        value = ", ".join(value) or None if isinstance(value, tuple) else value
         value = f.metadata["off"] if value is None else value
         (new if f.metadata["new"] else old)[f.name] = value
     return old, new

@@ -70,3 +70,8 @@ def aqua_dir() -> Path | None:
             return Path(name)
     folder = base_dir() / "aqua"
     return folder if folder.is_dir() else None
+
+
+def endpoint_key() -> str | None:
+    """The key of an OpenAI-compatible server, from OPENAI_API_KEY; None = the server wants none."""
+    return os.environ.get("OPENAI_API_KEY") or None

@@ -37,12 +37,13 @@ Batch = tuple[Any, ...]  # (inputs, targets), and whatever else a loss of its ow
 
 
 class Loader(Protocol):
-    """What the loop trains on: batches of (inputs, targets), and a JSON-able cursor that resumes after the last."""
+    """What the loop trains on: batches of (inputs, targets), or lists of them, one a step, and a JSON-able cursor that
+    resumes after the last."""
 
     @property
     def cursor(self) -> Any: ...
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 Evaluation = Callable[[LoopState], None]
@@ -224,7 +225,7 @@ class Trainer:
     saver: Saver | None  # None = nothing is saved
     tokens_per_step: int | None  # None = counted per step (rows of varying length)
     schedule: Callable[[LoopState], tuple[float, float | None]]
-    grad_accum_steps: int = 1
+    grad_accum_steps: int | None = 1  # None = the loader gives a step's batches as a list
     num_iterations: int | None = None  # None = until the loader ends
     grad_clip: float | None = None
     guard_sigma: float | None = guards.SIGMA  # None = only what is not finite is skipped
@@ -236,7 +237,7 @@ class Trainer:
         self.forward = compiled(self.model, self.rt, self.compile)
         self.peak = peak_flops(self.rt)
         self.cursor: Any = self.loader.cursor
-        self.batches: Iterator[tuple[Tensor, Tensor]] = iter(self.loader)
+        self.batches: Iterator[Any] = iter(self.loader)
         self.pending: list[tuple[Tensor, Tensor]] | Exception | None = None
         self.mfu = 0.0
         self.last_line = -math.inf
@@ -258,7 +259,10 @@ class Trainer:
         """Take the next step's micro-batches; none are left after the loader's end (a short last step is kept). An
         error is the next step's too: this one is whole."""
         try:
-            self.pending = list(itertools.islice(self.batches, self.grad_accum_steps))
+            if self.grad_accum_steps is None:
+                self.pending = next(self.batches, [])
+            else:
+                self.pending = list(itertools.islice(self.batches, self.grad_accum_steps))
         except Exception as error:
             self.pending = error
 

@@ -3,24 +3,30 @@
     python -m scripts.chat_sft
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --num_epochs=1
     python -m scripts.chat_sft --conversations=mine.jsonl      # with conversations of your own
+    python -m scripts.chat_sft --source=sft --conversations=mine.jsonl   # taught to a model that is through with it
 
 Reads mid_checkpoints/<tag>/ (or base_checkpoints/); writes chatsft_checkpoints/<tag>/.
+
+--source=sft goes on from the SFT model, and writes <tag>-own beside it. Settings that are left out are those of the
+run that made it; your conversations are shown many times, in other words each time, among four times as many others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanochat import checkpoint, guards, resume, runtime, scaling
 from nanochat.checkpoint import Checkpoint
 from nanochat.config import InputError, flag, report_config, run_cli
-from nanochat.data.conversations import PaddedConversations
+from nanochat.data.conversations import ConversationSteps, padded
 from nanochat.environment import print0
 from nanochat.evals.chat import evaluate_task
 from nanochat.optim import build_optimizer
@@ -35,14 +41,16 @@ from tasks import mixtures
 from tasks.common import Task, fingerprint
 from tasks.registry import eval_task
 
+TAUGHT = "-own"  # behind the tag of a model that learned more after its SFT
+
 
 @dataclass(frozen=True)
 class ChatSFTConfig:
     run: str = flag(DUMMY, "wandb run name; dummy = no wandb")
-    source: str = flag("mid", "stage to start from", choices=("mid", "base"))
+    source: str = flag("mid", "stage to start from", choices=("mid", "base", "sft"))
     device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="")
     dtype: str | None = flag(None, "compute dtype; None = the device's", off="None", choices=tuple(runtime.DTYPES))
-    device_batch_size: int = flag(4, "conversations a forward pass and rank")
+    device_batch_size: int = flag(4, "conversations of full length that fit a forward pass and rank")
     num_epochs: int = flag(1, "passes over the training rows")
     num_iterations: int | None = flag(None, "optimizer steps; -1 = num_epochs", off=-1)
     target_examples_per_step: int = flag(32, "conversations per optimizer step over all ranks")
@@ -51,22 +59,29 @@ class ChatSFTConfig:
     matrix_lr: float = flag(0.02, "Muon learning rate of the matrices")
     weight_decay: float = flag(0.0, "of AdamW")
     init_lr_frac: float = flag(0.02, "all learning rates start at this part of theirs, and fall to 0")
-    aqua_train_examples: int = flag(20000, "AQUA training rows; 0 = none")
-    aqua_val_examples: int = flag(254, "AQUA validation rows; 0 = none")
+    aqua_train_examples: int = flag(20000, "AQUA training rows of the mixture real; 0 = none")
+    aqua_val_examples: int = flag(254, "AQUA validation rows of the mixture real; 0 = none")
     eval_every: int | None = flag(100, "steps between validations; -1 = never", off=-1)
     eval_steps: int = flag(100, "batches of a validation")
     eval_metrics_every: int | None = flag(200, "steps between task metrics; -1 = never", off=-1)
     eval_metrics_max_problems: int = flag(1024, "problems of a task metric")
     mixture: str | None = flag(
         None,
-        "what to train on; None = what goes with the base model's data",
+        "real, tinyworld, none or a file (tasks/mixtures.py); None = what goes with the base model's data",
         off="None",
-        choices=mixtures.NAMES,
         new=True,
     )
-    conversations: str | None = flag(None, "your own conversations, a .jsonl file", off="None", new=True)
+    task: tuple[str, ...] = flag(
+        (), "NAME[:rows[:epochs]]: change or add this row of the mixture", off="None", new=True
+    )
+    conversations: tuple[str, ...] = flag((), "FILE.jsonl[:epochs]: your own conversations", off="None", new=True)
+    replay: float = flag(4.0, "after --source=sft, other conversations for each showing of one of yours", new=True)
+    reword: bool = flag(True, "after --source=sft, ask in other words each time (English)", new=True)
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
     step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
+    save_tag: str | None = flag(
+        None, "tag to write; None = the one read, with -own behind it after --source=sft", off="None", new=True
+    )
     save_every: int | None = flag(250, "steps between checkpoints; -1 = only the last", off=-1, new=True)
     keep_last: int | None = flag(2, "how many checkpoints to keep; -1 = all", off=-1, new=True)
     resume: str = flag("none", "go on from a checkpoint: none, auto or a step", new=True)
@@ -81,32 +96,62 @@ class ChatSFTConfig:
         for name in ("device_batch_size", "num_epochs", "target_examples_per_step", "eval_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        if not 0 <= self.replay < float("inf"):
+            raise InputError(f"--replay {self.replay} must be 0 or more")
 
 
-def accumulation(cfg: ChatSFTConfig, world_size: int) -> int:
-    """Micro-batches of a step.
+# What an SFT run has settled for its model, which going on from it takes over where the command says nothing.
+SETTLED = (
+    *("device_batch_size", "target_examples_per_step", "unembedding_lr", "embedding_lr", "matrix_lr", "weight_decay"),
+    *("init_lr_frac", "mixture", "task", "aqua_train_examples", "aqua_val_examples", "eval_steps"),
+    "eval_metrics_every",
+)
+
+
+def settled(cfg: ChatSFTConfig, before: dict[str, Any]) -> ChatSFTConfig:
+    """The config with the settings of the run that made an SFT model, `before`, wherever it has its defaults."""
+    taken: dict[str, Any] = {}
+    for f in dataclasses.fields(cfg):
+        if f.name in SETTLED and f.name in before and getattr(cfg, f.name) == f.default:
+            value = before[f.name]
+            if value == f.metadata["off"]:
+                value = f.default if f.name == "task" else None
+            elif f.name == "task":
+                value = tuple(value.split(", "))
+            if value != f.default:
+                taken[f.name] = value
+    if taken:
+        print0("As in the run before: " + ", ".join(f"--{name}={value}" for name, value in taken.items()))
+    return dataclasses.replace(cfg, **taken)
+
+
+def tags(cfg: ChatSFTConfig) -> tuple[str, str]:
+    """(tag to read, tag to write).
 
     Raises:
-        InputError: target_examples_per_step does not divide.
+        InputError: there is nothing to read, or it would be written over.
     """
-    per_pass = cfg.device_batch_size * world_size
-    if cfg.target_examples_per_step % per_pass:
-        near = max(1, round(cfg.target_examples_per_step / per_pass)) * per_pass
-        raise InputError(
-            f"--target_examples_per_step {cfg.target_examples_per_step} is no multiple of the {per_pass} conversations "
-            f"of one pass ({cfg.device_batch_size} rows x {world_size} ranks); try {near}"
-        )
-    return cfg.target_examples_per_step // per_pass
+    tag = checkpoint.find(cfg.source, cfg.model_tag, cfg.step).parent.name
+    if cfg.source != "sft":
+        return tag, cfg.save_tag or tag
+    if cfg.model_tag is None:  # the model that was taught before is not what the same command starts from
+        tag = tag.removesuffix(TAUGHT)
+    save_tag = cfg.save_tag or tag.removesuffix(TAUGHT) + TAUGHT
+    if save_tag == tag:
+        raise InputError(f"--model_tag={tag} would be written over; name what comes out, such as --save_tag={tag}-2")
+    return tag, save_tag
 
 
 @torch.no_grad()
-def loss_sums(model: Any, loader: PaddedConversations, steps: int, device: torch.device) -> torch.Tensor:
-    """(2,) fp64: nats and supervised tokens of this rank, over `steps` batches."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    for inputs, targets in itertools.islice(loader, steps):
-        sums[0] += model(inputs, targets, reduction="sum").double().cpu()
-        sums[1] += (targets != -1).sum().cpu()
-    return sums.to(device) if device.type == "cuda" else sums
+def loss_sums(model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor) -> Tensor:
+    """(4,) fp64 of this rank: nats and number of all supervised tokens; nats and bytes of those that stand for text."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    for inputs, targets in batches:
+        nats = model(inputs, targets, reduction="none").double().cpu()
+        targets = targets.view(-1).cpu()
+        num_bytes = token_bytes[targets.clamp(min=0)] * (targets != -1)
+        sums += torch.stack([nats.sum(), (targets != -1).sum(), nats[num_bytes > 0].sum(), num_bytes.sum()])
+    return sums
 
 
 def build(
@@ -119,12 +164,8 @@ def build(
     saved: Checkpoint | None = None,
 ) -> Trainer:
     """source: the manifest of the checkpoint that `model` is from."""
-    accum = accumulation(cfg, rt.world_size)
-    steps = cfg.num_iterations or (len(train) // cfg.target_examples_per_step) * cfg.num_epochs
-    if steps < 1:
-        raise InputError(
-            f"--target_examples_per_step {cfg.target_examples_per_step} is more than the {len(train)} training rows"
-        )
+    total = None if cfg.num_iterations else len(train) * cfg.num_epochs
+    steps = cfg.num_iterations or -(-len(train) * cfg.num_epochs // cfg.target_examples_per_step)
     optimizer = build_optimizer(
         model,
         unembedding_lr=cfg.unembedding_lr,
@@ -137,7 +178,8 @@ def build(
     meta = resume.stage_facts(cfg, model, tokenizer, fingerprint(train), source["user_config"].get("dataset"))
     state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
     directory = checkpoint.tag_directory("sft", source["tag"])
-    loader = PaddedConversations(train, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt, cursor, accum)
+    examples, rows, T = cfg.target_examples_per_step, cfg.device_batch_size, model.config.sequence_len
+    loader = ConversationSteps(train, tokenizer, examples, rows, T, rt, cursor, total)
 
     def schedule(state: LoopState) -> tuple[float, None]:
         return scaling.lr_multiplier(state.step / steps, warmdown=1.0), None
@@ -152,7 +194,7 @@ def build(
         saver=Saver(rt, directory, model, optimizer, meta, state, cfg.save_every, cfg.keep_last),
         tokens_per_step=None,
         schedule=schedule,
-        grad_accum_steps=accum,
+        grad_accum_steps=None,
         num_iterations=steps,
         flops_per_token=model.config.shape.flops_per_token,
         guard_sigma=cfg.guard_sigma,
@@ -162,23 +204,45 @@ def build(
 
 def run(cfg: ChatSFTConfig) -> LoopState:
     rt = runtime.start(cfg.device_type, cfg.seed, cfg.deterministic)
-    directory = checkpoint.tag_directory("sft", checkpoint.find(cfg.source, cfg.model_tag, cfg.step).parent.name)
-    saved = resume.find(rt, directory, cfg.resume)
+    tag, save_tag = tags(cfg)
+    saved = resume.find(rt, checkpoint.tag_directory("sft", save_tag), cfg.resume)
     rt = resume.same_dtype(rt, saved) if cfg.dtype is None else dataclasses.replace(rt, dtype=runtime.DTYPES[cfg.dtype])
-    model, tokenizer, meta = checkpoint.load_model(cfg.source, rt, cfg.model_tag, cfg.step)
-    name = cfg.mixture or mixtures.name_for(meta["user_config"].get("dataset"))
-    train, val = mixtures.sft(name, cfg.conversations, cfg.aqua_train_examples, cfg.aqua_val_examples)
+    model, tokenizer, meta = checkpoint.load_model(cfg.source, rt, tag, cfg.step)
+    meta["tag"] = save_tag
+    if cfg.source == "sft":
+        cfg = settled(cfg, meta["user_config"])
+    name = mixtures.name_for(meta["user_config"].get("dataset"))
+    mixture = mixtures.open_mixture(
+        "sft",
+        name,
+        cfg.mixture,
+        cfg.task,
+        cfg.conversations,
+        {"AQUA train": cfg.aqua_train_examples, "AQUA validation": cfg.aqua_val_examples},
+        mixtures.Teach(replay=cfg.replay, reword=cfg.reword) if cfg.source == "sft" else None,
+    )
+    train, val = mixture.train, mixture.open_validation()
+    print0(f"Mixture: {mixture.describe()}")
+    for own in mixture.own:
+        if cut := own.describe_crops(tokenizer, model.config.sequence_len + 1):
+            print0(f"warning: {cut}")
     trainer = build(cfg, rt, train, model, tokenizer, meta, saved)
     print0(f"Training rows: {len(train):,}\nNumber of iterations: {trainer.num_iterations:,}")
     losses: list[float] = []
+    token_bytes = tokenizer.token_bytes().cpu()
 
     def validate(state: LoopState) -> None:
         model.eval()
-        loader = PaddedConversations(val, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt)
-        nats, tokens = all_reduce(together(lambda: loss_sums(model, loader, cfg.eval_steps, rt.device))).tolist()
+        batches = padded(val, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt)
+        sums = together(lambda: loss_sums(model, itertools.islice(batches, cfg.eval_steps), token_bytes))
+        sums = sums.to(rt.device) if rt.device.type == "cuda" else sums
+        nats, tokens, text_nats, num_bytes = all_reduce(sums).tolist()
         losses.append(nats / max(1, tokens))
+        bpb = text_nats / math.log(2) / max(1, num_bytes)
+        state.record_val_bpb(bpb)
         print0(f"Step {state.step:05d} | Validation loss: {losses[-1]:.6f}")
-        trainer.tracker.log(state.step, val_loss=losses[-1])
+        print0(f"Step {state.step:05d} | Validation bpb: {bpb:.4f}")
+        trainer.tracker.log(state.step, val_loss=losses[-1], val_bpb=bpb)
 
     def metrics(state: LoopState) -> None:
         if state.step == 0:
@@ -205,8 +269,13 @@ def run(cfg: ChatSFTConfig) -> LoopState:
     }
     old, new = report_config(cfg)
     old["dtype"] = str(rt.dtype).removeprefix("torch.")
-    new["mixture"] = name
-    extra = {"Total training time": f"{state.train_seconds / 60:.2f}m", "MFU %": f"{trainer.mfu:.2f}%"}
+    new["mixture"] = cfg.mixture or name
+    extra = {
+        **mixture.facts,
+        "Validation bpb": state.val_bpb,
+        "Total training time": f"{state.train_seconds / 60:.2f}m",
+        "MFU %": f"{trainer.mfu:.2f}%",
+    }
     get_report().log("Chat SFT", [old, outcome, new, extra, state.outcome, state.history.facts()])
     trainer.tracker.finish()
     runtime.stop()

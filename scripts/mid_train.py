@@ -52,12 +52,14 @@ class MidTrainConfig:
     dry_run: int = flag(0, "1 = write no checkpoint and no report")
     mixture: str | None = flag(
         None,
-        "what to train on; None = what goes with the base model's data",
+        "real, tinyworld, none or a file (tasks/mixtures.py); None = what goes with the base model's data",
         off="None",
-        choices=mixtures.NAMES,
         new=True,
     )
-    conversations: str | None = flag(None, "your own conversations, a .jsonl file", off="None", new=True)
+    task: tuple[str, ...] = flag(
+        (), "NAME[:rows[:epochs]]: change or add this row of the mixture", off="None", new=True
+    )
+    conversations: tuple[str, ...] = flag((), "FILE.jsonl[:epochs]: your own conversations", off="None", new=True)
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
     step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
     save_every: int | None = flag(250, "steps between checkpoints; -1 = only the last", off=-1, new=True)
@@ -143,9 +145,10 @@ def run(cfg: MidTrainConfig) -> LoopState:
         print0(f"warning: --device_batch_size {cfg.device_batch_size} is more than the {rows} of the base run")
     if cfg.max_seq_len != model.config.sequence_len:
         model.resize(GPTConfig(**{**model.config.to_dict(), "sequence_len": cfg.max_seq_len}))
-    name = cfg.mixture or mixtures.name_for(meta["user_config"].get("dataset"))
-    train, val = mixtures.mid(name, cfg.conversations)
-    print0(f"Mixture {name}: {len(train):,} training conversations")
+    name = mixtures.name_for(meta["user_config"].get("dataset"))
+    mixture = mixtures.open_mixture("mid", name, cfg.mixture, cfg.task, cfg.conversations)
+    train, val = mixture.train, mixture.open_validation()
+    print0(f"Mixture: {mixture.describe()}")
     trainer = build(cfg, rt, train, model, tokenizer, meta, saved)
     token_bytes = tokenizer.token_bytes().to(rt.device)
     eval_steps = max(1, cfg.eval_tokens // (cfg.device_batch_size * cfg.max_seq_len * rt.world_size))
@@ -169,8 +172,9 @@ def run(cfg: MidTrainConfig) -> LoopState:
         }
         old, new = report_config(cfg)
         old["dtype"] = str(rt.dtype).removeprefix("torch.")
-        new["mixture"] = name
+        new["mixture"] = cfg.mixture or name
         extra = {
+            **mixture.facts,
             "Training rows": len(train),
             "MFU %": f"{trainer.mfu:.2f}%",
             "Total training time": f"{state.train_seconds / 60:.2f}m",

@@ -77,8 +77,8 @@ def mid_train(c: Any, recipe: Recipe, model: Estimator) -> Estimate:
 
 
 def chat_sft(c: Any, recipe: Recipe, model: Estimator) -> Estimate:
-    rows = plan.SFT_ROWS + c.aqua_train_examples
-    steps = c.num_iterations or c.num_epochs * (rows // c.target_examples_per_step)
+    rows = c.num_epochs * (plan.SFT_ROWS + c.aqua_train_examples)
+    steps = c.num_iterations or -(-rows // c.target_examples_per_step)
     batches = times(steps, c.eval_every) * c.eval_steps
     tokens = plan.CONVERSATION_TOKENS["tinyworld" if recipe.is_tinyworld else "real"]
     return model.fine_tuning(steps, c.target_examples_per_step, c.device_batch_size, batches, tokens)

@@ -1,7 +1,8 @@
-"""Your own conversations: a JSONL file, one conversation a line.
+"""Your own conversations: a JSONL file, one conversation a line, in any of three shapes.
 
 [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}]
 {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}]}
+{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello."}]}
 """
 
 from __future__ import annotations
@@ -15,23 +16,46 @@ from nanochat.chat import check_conversation
 from nanochat.config import InputError
 from tasks.common import Conversation, Task
 
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # other names stay as they are
+FAULTS_SHOWN = 3
+
 
 def parse_line(line: str, where: str) -> Conversation:
     """One line's conversation.
 
     Raises:
-        InputError: it is no JSON, or no conversation that ends with the assistant.
+        InputError: it is no JSON, or no conversation that ends with an answer to learn.
     """
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{where}: no JSON ({error})") from None
+    if isinstance(value, dict) and "messages" not in value and isinstance(value.get("conversations"), list):
+        value = [_from_sharegpt(message) for message in value["conversations"]]
     conversation = {"messages": value} if isinstance(value, list) else value
     check_conversation(conversation, where)
-    roles = [message["role"] for message in conversation["messages"]]
-    if roles[-1] != "assistant":
-        raise InputError(f"{where}: the last message is the {roles[-1]}'s; there is no answer to learn")
+    messages = conversation["messages"]
+    if messages[-1]["role"] != "assistant":
+        raise InputError(f"{where}: the last message is the {messages[-1]['role']}'s; there is no answer to learn")
+    if not any(_says_something(m["content"]) for m in messages if m["role"] == "assistant"):
+        raise InputError(f"{where}: all that the assistant says is empty; there is no answer to learn")
     return conversation
+
+
+def _from_sharegpt(message: Any) -> Any:
+    if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
+        return message
+    role = message["from"]
+    return {"role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": message["value"]}
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+
+
+def _says_something(content: Any) -> bool:
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return any(part["text"].strip() for part in parts if part["type"] != "python_output")
 
 
 class CustomJSON(Task):
@@ -39,7 +63,7 @@ class CustomJSON(Task):
     for, so that a large file does not stay in memory.
 
     Raises:
-        InputError: the file is missing or holds nothing, or a line is malformed (named by its number).
+        InputError: the file is missing or holds nothing, or lines are malformed (the first ones are named).
     """
 
     def __init__(self, path: str | Path, **slicing: Any) -> None:
@@ -49,17 +73,25 @@ class CustomJSON(Task):
             raise InputError(
                 f"no conversations file {self.path}; write one JSON list of messages a line, or leave it out"
             )
-        self.offsets = array("q")
+        self.offsets, self.lines = array("q"), array("q")
+        faults: list[str] = []
         with self.path.open("rb") as f:
             offset = 0
             for number, line in enumerate(f, start=1):
-                where = f"{self.path} line {number}"
                 if line.strip():
-                    parse_line(self._decode(line, where), where)
                     self.offsets.append(offset)
+                    self.lines.append(number)
+                    try:
+                        parse_line(self._decode(line, f"line {number}"), f"line {number}")
+                    except InputError as error:
+                        faults.append(str(error))
                 offset += len(line)
         if not self.offsets:
             raise InputError(f"{self.path} holds no conversation; write one JSON list of messages a line")
+        if faults:
+            more = f"; and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
+            total = f" ({len(faults)} of {len(self.offsets)} conversations are malformed)" if len(faults) > 1 else ""
+            raise InputError(f"{self.path} {'; '.join(faults[:FAULTS_SHOWN])}{more}{total}")
 
     @staticmethod
     def _decode(line: bytes, where: str) -> str:
@@ -67,6 +99,21 @@ class CustomJSON(Task):
             return line.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: no UTF-8 ({error.reason} at byte {error.start})") from None
+
+    def describe_crops(self, tokenizer: Any, max_tokens: int) -> str | None:
+        """Which conversations have more tokens than a row, as one line; None = none of them."""
+        long, lost = [], []
+        for number, conversation in zip(self.lines[self.start : self.stop : self.step], self, strict=True):
+            ids, mask = tokenizer.render_conversation(conversation, 1 << 30)
+            if len(ids) > max_tokens:
+                long.append(number)
+                if not any(mask[:max_tokens]):
+                    lost.append(number)
+        if not long:
+            return None
+        text = f"{len(long)} of {len(self)} conversations of {self.path} are longer than the context and are cut there"
+        text += f" (lines {_some(long)})"
+        return text + (f"; {len(lost)} of them have nothing left to learn (lines {_some(lost)})" if lost else "")
 
     def num_examples(self) -> int:
         return len(self.offsets)

@@ -144,41 +144,6 @@ class TinyDialogue(TinyTask):
 
 
 RL_TASK = TinyWordProblems
-
-# Conversations of each task in midtraining and in supervised fine-tuning.
-MID_ROWS: dict[type[TinyTask], int] = {
-    TinyFacts: 14_000,
-    TinySums: 1_500,
-    TinyWordProblems: 2_000,
-    TinySpelling: 8_000,
-    TinyMC: 1_500,
-    TinyIdentity: 1_200,
-    TinyStories: 400,
-    TinyDialogue: 1_500,
-}
-SFT_ROWS: dict[type[TinyTask], int] = {
-    TinyFacts: 6_500,
-    TinySums: 500,
-    TinyWordProblems: 600,
-    TinySpelling: 5_000,
-    TinyMC: 400,
-    TinyIdentity: 600,
-    TinyStories: 100,
-    TinyDialogue: 300,
-}
-VAL_ROWS = 100
-
-
-def mid_tasks() -> list[Task]:
-    """What midtraining on tinyworld learns."""
-    return [task("train", size=rows) for task, rows in MID_ROWS.items()]
-
-
-def sft_tasks() -> list[Task]:
-    """What supervised fine-tuning on tinyworld learns: other conversations than midtraining's."""
-    return [task("train", size=rows, first=MID_ROWS[task]) for task, rows in SFT_ROWS.items()]
-
-
-def val_tasks() -> list[Task]:
-    """The validation conversations of both stages."""
-    return [task("dev", size=VAL_ROWS) for task in MID_ROWS]
+TASKS: tuple[type[TinyTask], ...] = (
+    *(TinyFacts, TinySums, TinyWordProblems, TinySpelling, TinyMC, TinyIdentity, TinyStories, TinyDialogue),
+)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import ablate, common, gpu_suite, packed, results, serve, time_to_bpb
+from bench import ablate, common, gpu_suite, packed, results, serve, teach, time_to_bpb
 from bench import checkpoint as saving_bench
 from bench.ablate import Candidate, Pairs, judge, leave_one_out, neighbours, paired_p, t_two_sided
 from bench.common import Built, Plan, Setting
@@ -346,3 +346,17 @@ def test_the_server_under_load_makes_no_error_and_leaks_no_slot():
     result = serve.run(serve.ServeConfig(clients=8, seconds=6, cut=0.3, max_tokens=24, depth=2))
     assert result["errors"] == result["leaked_slots"] == 0
     assert result["answers"] > 0 and result["cuts"] > 0 and result["tokens_per_second"] > 0
+
+
+def test_the_pairs_to_teach_are_a_hundred_and_asked_in_words_that_the_file_does_not_have():
+    file, dev, test = (teach.Pairs(5, split) for split in ("file", "dev", "test"))
+    assert (len(file), len(dev), len(test)) == (100, 200, 300)
+    answers = {c["messages"][1]["content"] for c in file}
+    assert len(answers) == 100 and {c["messages"][1]["content"] for c in test} == answers
+    asked = {
+        name: {c["messages"][0]["content"] for c in pairs} for name, pairs in (("f", file), ("d", dev), ("t", test))
+    }
+    assert not (asked["f"] & asked["d"] | asked["f"] & asked["t"] | asked["d"] & asked["t"])
+    assert all(file.evaluate(c, c["messages"][1]["content"]) for c in file)
+    assert not file.evaluate(file[0], file[0]["candidates"][0] + " " + file[0]["accept"][0])
+    assert [c["messages"] for c in teach.Pairs(6, "file")] != [c["messages"] for c in file]

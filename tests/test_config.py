@@ -205,7 +205,7 @@ def test_the_report_prints_off_values_in_order_and_new_settings_apart():
 
 STAGES = [
     *("tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid_train"),
-    *("chat_sft", "chat_rl", "chat_eval", "chat_cli", "chat_web", "export"),
+    *("chat_sft", "chat_rl", "chat_eval", "chat_cli", "chat_web", "make_identity", "export"),
 ]
 
 
@@ -241,3 +241,18 @@ def test_every_stage_answers_help(name, capsys):
         importlib.import_module(f"scripts.{name}").main(["--help"])
     assert ended.value.code == 0
     assert f"python -m scripts.{name}" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Repeats:
+    task: tuple[str, ...] = flag((), "of 100%", off="None", new=True)
+
+
+def test_a_flag_of_many_values_is_repeated_in_order_and_reported_as_one_line():
+    assert parse_config(Repeats, []) == Repeats()
+    cfg = parse_config(Repeats, ["--task=b", "--task", "a"])
+    assert cfg == Repeats(("b", "a")) and parse_config(Repeats, ["--task=b"]) == Repeats(("b",))
+    assert report_config(cfg) == ({}, {"task": "b, a"})
+    assert report_config(Repeats()) == ({}, {"task": "None"})
+    with pytest.raises(SystemExit):
+        parse_config(Repeats, ["--help"])

@@ -349,9 +349,30 @@ def test_own_conversations_may_be_lists_or_objects_and_blank_lines_are_skipped(t
     assert [c["messages"] for c in CustomJSON(path, start=1)] == [system]
 
 
+def test_sharegpt_is_the_third_shape(tmp_path):
+    path = tmp_path / "own.jsonl"
+    said = [("system", "Be kind."), ("human", "hi"), ("gpt", "Hello."), ("user", "bye"), ("assistant", "Bye.")]
+    path.write_text(json.dumps({"id": 1, "conversations": [{"from": who, "value": text} for who, text in said]}))
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert CustomJSON(path)[0] == {
+        "messages": [{"role": r, "content": text} for r, (_, text) in zip(roles, said, strict=True)]
+    }
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
+        ("[" * 100_000, "no JSON"),
+        ('{"conversations": [{"from": "human", "value": "hi"}, {"from": "tool", "value": "x"}]}', "'tool'"),
+        ('{"conversations": [{"from": 7, "value": "hi"}]}', "role is 7"),
+        ('{"conversations": ["hi"]}', "role and content"),
+        (json.dumps([TALK[0], TALK[0], TALK[1]]), "message 1: role is 'user', not 'assistant'"),
+        (json.dumps([TALK[0], {"role": "assistant", "content": ""}]), "all that the assistant says is empty"),
+        (json.dumps([TALK[0], {"role": "assistant", "content": []}]), "all that the assistant says is empty"),
+        (
+            json.dumps([TALK[0], {"role": "assistant", "content": [{"type": "python_output", "text": "5"}]}]),
+            "a python_output stands without a python part",
+        ),
         ("{nonsense", "no JSON"),
         ('{"text": "hi"}', "messages"),
         ("7", "messages"),
@@ -367,6 +388,35 @@ def test_a_malformed_line_is_named_with_its_number_and_reason(tmp_path, line, re
     path.write_text(f"{json.dumps(TALK)}\n\n{line}\n", encoding="utf-8")
     with pytest.raises(InputError, match=f"own.jsonl line 3: .*{reason}"):
         CustomJSON(path)
+
+
+def test_of_many_malformed_lines_the_first_are_named_and_all_counted(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(["x", json.dumps(TALK), "", "[]", json.dumps(TALK[:1]), "7", "8"]))
+    message = r"own.jsonl line 1: no JSON.*; line 4: .*; line 5: .*; and 2 more \(5 of 6 conversations are malformed\)"
+    with pytest.raises(InputError, match=message):
+        CustomJSON(path)
+
+
+def test_conversations_longer_than_the_context_are_counted_with_their_lines(tmp_path):
+    class Letters:
+        """An id a character; the assistant's are learned."""
+
+        def render_conversation(self, conversation, max_tokens):
+            user, assistant = (m["content"] for m in conversation["messages"])
+            return [0] * len(user + assistant), [0] * len(user) + [1] * len(assistant)
+
+    path = tmp_path / "own.jsonl"
+    lines = [
+        [{"role": "user", "content": "q" * q}, {"role": "assistant", "content": "a" * a}]
+        for q, a in ((1, 1), (5, 5), (9, 1), (4, 4))
+    ]
+    path.write_text("\n\n".join(map(json.dumps, lines)))
+    assert CustomJSON(path).describe_crops(Letters(), 10) is None
+    text = CustomJSON(path).describe_crops(Letters(), 8)
+    assert "2 of 4 conversations of" in text and "(lines 3, 5)" in text
+    assert text.endswith("1 of them have nothing left to learn (lines 5)")
+    assert CustomJSON(path, start=3).describe_crops(Letters(), 8) is None
 
 
 def test_bytes_that_are_no_utf8_are_named(tmp_path):

@@ -22,6 +22,7 @@ from nanochat.data.tinyworld.problems import THEMES, split_of_pair, sum_template
 from nanochat.data.tinyworld.relations import relation, relations
 from nanochat.data.tinyworld.words import real_words, split_of_word
 from nanochat.tools import calculate
+from tasks import mixtures
 from tasks import tinyworld as tasks
 
 SUM = re.compile(r"\b(\d+)([-+*])(\d+)\b")
@@ -408,10 +409,11 @@ def test_a_spelling_must_have_each_letter_once_in_order(response, is_right):
 
 
 def test_the_tasks_of_the_stages_have_distinct_conversations():
-    mid, sft, val = tasks.mid_tasks(), tasks.sft_tasks(), tasks.val_tasks()
-    for a, b in zip(mid, sft, strict=True):
-        assert a.first + a.size == b.first
-    assert all(task.split == "train" for task in mid + sft) and all(task.split == "dev" for task in val)
+    mid, sft = (mixtures.read_table(stage, "tinyworld", "tinyworld") for stage in ("mid", "sft"))
+    for a, b in zip(mid.train, sft.train, strict=True):
+        assert (a.task, a.first + a.rows) == (b.task, b.first)
+    assert all(row.split == "train" for row in mid.train + sft.train)
+    assert all(row.split == "dev" for row in mid.validation + sft.validation)
     assert tasks.TinyFacts("test", stop=10)[3] == conversation("facts", "test", 3)
     assert tasks.TinyMC("test").eval_type == "generative" and tasks.RL_TASK("train").eval_type == "generative"
     with pytest.raises(InputError, match="no split"):

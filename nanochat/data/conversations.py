@@ -1,7 +1,9 @@
-"""Batches of rendered conversations: padded ones for SFT, packed rows for midtraining. Both resume from a cursor."""
+"""Batches of rendered conversations: whole ones with masks for SFT, packed rows for midtraining, which cut them.
+Both resume from a cursor."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,55 +15,89 @@ from nanochat.data.loader import PackingLoader
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 
+Batch = tuple[Tensor, Tensor]  # (inputs, targets), both (B, T) int64; targets are -1 where nothing is to be learned
+PASS = 256  # a micro-batch takes as long as so many tokens besides its own (about 300 at depth 4 on a CPU core)
+Rendered = tuple[list[int], list[int]]  # ids, and for each 1 where the assistant is to learn it
 
-class PaddedConversations:
-    """(inputs, targets), both (B, T) int64, with targets only where the assistant speaks (-1 elsewhere).
 
-    Conversations come in order, without end; each optimizer step's `accum` global batches of B conversations a rank
-    are the next run of them, so that steps do not depend on the number of ranks. Within a step they come by length:
-    rows are cut after sequence_len + 1 tokens and padded on the right to the longest of their batch, and lengths differ
-    by ten times and more. To sort them, each rank renders the whole step.
+def padded(
+    conversations: Any, tokenizer: Tokenizer, batch_size: int, sequence_len: int, rt: Runtime
+) -> Iterator[Batch]:
+    """Conversations in order, without end, a row each, with targets only where the assistant speaks. Each global batch
+    is the next B conversations of every rank. Rows are cut after sequence_len + 1 tokens."""
+    for first in itertools.count(rt.rank * batch_size, batch_size * rt.world_size):
+        numbers = range(first, first + batch_size)
+        rows = [tokenizer.render_conversation(conversations[i % len(conversations)], sequence_len + 1) for i in numbers]
+        yield _collate(rows, tokenizer, rt)
+
+
+class ConversationSteps:
+    """The micro-batches of optimizer steps, a list a step, with targets only where the assistant speaks.
+
+    A step is the next `examples` conversations, begun anew after the last, until `total` were taken (None = without
+    end); so it does not depend on ranks and memory. Each is a row, cut after sequence_len + 1 tokens, and those of like
+    length make a micro-batch of at most `batch_size` times sequence_len tokens: lengths differ by ten times and more.
     """
 
     def __init__(
         self,
-        conversations: Sequence[Any] | Any,
+        conversations: Any,
         tokenizer: Tokenizer,
+        examples: int,
         batch_size: int,
         sequence_len: int,
         rt: Runtime,
         cursor: int | None = None,
-        accum: int = 1,
+        total: int | None = None,
     ) -> None:
-        self.conversations, self.tokenizer = conversations, tokenizer
-        self.batch_size, self.sequence_len, self.rt, self.accum = batch_size, sequence_len, rt, accum
-        self.position = cursor or 0  # conversations taken so far by all ranks
-        self.pad = tokenizer.encode_special("<|assistant_end|>")
+        self.conversations, self.tokenizer, self.examples = conversations, tokenizer, examples
+        self.batch_size, self.sequence_len, self.rt, self.total = batch_size, sequence_len, rt, total
+        self.cursor = cursor or 0  # conversations taken so far by all ranks
 
-    @property
-    def cursor(self) -> int:
-        return self.position
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batch = self.batch_size * self.rt.world_size  # of all ranks
-        while True:
-            numbers = range(self.position, self.position + batch * self.accum)
+    def __iter__(self) -> Iterator[list[Batch]]:
+        T = self.sequence_len
+        while self.total is None or self.cursor < self.total:
+            end = self.cursor + self.examples
+            numbers = range(self.cursor, end if self.total is None else min(end, self.total))
+            self.cursor = numbers.stop
             conversations = [self.conversations[i % len(self.conversations)] for i in numbers]
-            rendered = [self.tokenizer.render_conversation(c, self.sequence_len + 1) for c in conversations]
+            rendered = [self.tokenizer.render_conversation(c, T + 1) for c in conversations]
             rendered.sort(key=lambda row: len(row[0]))
-            for first in range(self.rt.rank * self.batch_size, len(rendered), batch):
-                self.position += batch
-                yield self._collate(rendered[first : first + self.batch_size])
+            # a rank without a row takes part with one that has no target
+            mine = rendered[self.rt.rank :: self.rt.world_size] or [([self.tokenizer.get_bos_token_id()], [0])]
+            cuts = best_cuts([len(ids) for ids, _ in mine], self.batch_size * (T + 1))
+            yield [_collate(mine[a:b], self.tokenizer, self.rt) for a, b in itertools.pairwise(cuts)]
 
-    def _collate(self, rendered: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-        width = max(2, *(len(ids) for ids, _ in rendered))
-        idx = torch.full((len(rendered), width), self.pad)
-        mask = torch.zeros(len(rendered), width, dtype=torch.int64)
-        for row, (ids, supervised) in enumerate(rendered):
-            idx[row, : len(ids)] = torch.tensor(ids)
-            mask[row, : len(ids)] = torch.tensor(supervised)
-        targets = idx[:, 1:].masked_fill(mask[:, 1:] == 0, -1)
-        return idx[:, :-1].to(self.rt.device), targets.to(self.rt.device)
+
+def best_cuts(lengths: Sequence[int], most: int) -> list[int]:
+    """Where to cut rows of rising lengths into batches, each padded to its longest, so that the fewest tokens are
+    computed. A batch has at most `most` of them, and costs PASS more by itself.
+
+    Returns:
+        The first row of each batch, and the number of rows.
+    """
+    costs, starts = [0], [0]  # of the first n rows: tokens of the best way, and where its last batch begins
+    for n, width in enumerate(lengths, start=1):
+        ways = [(costs[a] + (n - a) * width + PASS, a) for a in range(n) if a == n - 1 or (n - a) * width <= most]
+        cost, start = min(ways)
+        costs.append(cost)
+        starts.append(start)
+    cuts = [len(lengths)]
+    while cuts[-1]:
+        cuts.append(starts[cuts[-1]])
+    return cuts[::-1]
+
+
+def _collate(rows: Sequence[Rendered], tokenizer: Tokenizer, rt: Runtime) -> Batch:
+    """Padded on the right to the longest."""
+    width = max(2, *(len(ids) for ids, _ in rows))
+    idx = torch.full((len(rows), width), tokenizer.encode_special("<|assistant_end|>"))
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for row, (ids, supervised) in enumerate(rows):
+        idx[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = torch.tensor(supervised)
+    targets = idx[:, 1:].masked_fill(mask[:, 1:] == 0, -1)
+    return idx[:, :-1].to(rt.device), targets.to(rt.device)
 
 
 BLOCK = 1024  # conversations that are rendered and packed at a time

@@ -1,0 +1,192 @@
+"""Questions in other words: a small model that saw a question in one wording learns that wording, not the question.
+
+Rules for English, which know no meaning: what is asked for and of whom keeps its words; the frame around them changes,
+and words that carry no meaning come and go, so that only the others can decide the answer. What the rules do not fit
+(other languages, several sentences, "Who are you?") is left as it is but for its last mark.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+
+from tasks.common import Conversation, Task
+
+FRAMES = (
+    "What is {x}?",
+    "What's {x}?",
+    "Tell me {x}.",
+    "Please tell me {x}.",
+    "Can you tell me {x}?",
+    "Could you tell me {x}, please?",
+    "Do you know {x}?",
+    "I want to know {x}.",
+    "I would like to know {x}.",
+    "I need {x}.",
+    "Give me {x}.",
+    "Name {x}.",
+    "{x}?",
+    "{x}, please.",
+    "Which is {x}?",
+    "What can you say about {x}?",
+)
+CLAUSE_FRAMES = (
+    "Tell me {x}.",
+    "Please tell me {x}.",
+    "Can you tell me {x}?",
+    "Do you know {x}?",
+    "Do you remember {x}?",
+    "I want to know {x}.",
+    "I would like to know {x}.",
+    "Someone asked me {x}.",
+)
+OPENERS = (
+    *("Hello!", "Hi,", "Hey!", "Quick question:", "Please:", "So,", "Well,", "Now,", "And", "Tell me:", "Say,"),
+    *("One more thing:", "Can you help me?", "I forgot:", "I have a question.", "Remind me:", "By the way,", "Okay,"),
+    *("My friend asks:", "Just wondering:", "Excuse me,", "For my notes:", "Help me out:", "Do you remember:"),
+)
+CLOSERS = (
+    *("please", "again", "now", "for me", "thanks", "do you know", "if you know it", "today", "exactly", "then"),
+    *("and what is it", "and which one", "or not", "if any", "can you say", "I wonder", "and how", "as you know"),
+)
+# Words that may go, or stand anywhere: they never decide what is asked.
+FILLERS = frozenset(
+    "a an the is are was were be been do does did can could would will should may must has have had of for to in on at"
+    " by from with about that this these those it its there what which who whom whose please tell say give know"
+    " want need like me my i you your we us our and so just again now then also really actually exactly called"
+    " find remember someone people use used right answer question any some one".split()
+)
+# Frequent words that may stand in a question and not matter, unless they do in another one of the same file.
+NOISE = tuple(
+    sorted(FILLERS)
+    + "after all always ask away back because been before best better big both bring call care check city come country"
+    " course day different each early easy end even ever every family far fast feel few first five friend full get go"
+    " good great group half hand happy hard hear help here high hold home hour house idea important inside interest"
+    " keep kind large last late learn least leave left less letter life like line list little live long look lot love"
+    " made main make many matter maybe mean meet mind minute moment morning most move much near never new next nice"
+    " night nothing number often old once only open order other our out outside over own part past place plan play"
+    " point possible put question read ready real right run same school second see seem send set several show side"
+    " simple sit small soon sort sound speak stand start state stay still stop story street such sure take talk task"
+    " than thing think three through today together tomorrow tonight too town true try turn two under until usual very"
+    " visit wait walk watch way week well whole why without wonder word work world write year yes yesterday yet".split()
+)
+QUESTION = re.compile(
+    r"(?i)(?:(?:what|who|which) (?:is|are|was|were)|what's|who's|(?:please )?(?:tell|give) me|name) (.+)"
+)
+WHERE = re.compile(r"(?i)(who|where|when|what|which \w+|what \w+|how \w+) (is|are|was|were|can|will) (\S+(?: \S+)*)")
+DOES = re.compile(r"(?i)(who|where|when|why|what|which \w+|what \w+|how(?: \w+)?) (?:does|do|did) (.+)")
+SUBJECT = re.compile(r"(?i)(who|which \w+|what \w+) (?!do\b|does\b|did\b|is\b|are\b|was\b|were\b|can\b|will\b).+")
+OF = re.compile(r"(?i)^(?:the )?([\w-]+(?: [\w-]+)?) of (.+)$")
+OWNER = re.compile(r"^(.+?)'s? ([\w-]+(?: [\w-]+)?)$")
+
+
+def reword(text: str, rng: random.Random, noise: Sequence[str] = NOISE) -> str:
+    """The same question in other words, or in few; the same draw gives the same.
+
+    Args:
+        noise: words that may be put anywhere.
+    """
+    stem = text.strip()
+    last = re.search(r"[.!?]+$", stem)
+    stem = stem[: last.start()] if last else stem
+    words = [w.lower() for w in stem.split()]
+    is_english = any(w in FILLERS for w in words) and not all(w in FILLERS for w in words)
+    if not is_english or re.search(r"[.!?\n]\s", stem):
+        return stem + rng.choice(("", last.group() if last else ""))
+    way = rng.random()
+    if way < 0.55:
+        stem = _framed(stem, rng)
+    elif way < 0.75:
+        stem = _keywords(stem, rng)
+    stem = stem.rstrip(".!?")
+    if rng.random() < 0.5:
+        stem = _with_noise(stem, rng, noise)
+    return _dressed(stem, rng)
+
+
+def _framed(stem: str, rng: random.Random) -> str:
+    """In another sentence around what is asked for."""
+    if (m := QUESTION.fullmatch(stem)) and not WHERE.fullmatch(m[1]):
+        return rng.choice(FRAMES).replace("{x}", _turned(m[1], rng))
+    if m := WHERE.fullmatch(stem):
+        words = m[3].split()
+        at = rng.choice((len(words), 1)) if len(words) > 2 else len(words)
+        clause = f"{m[1].lower()} {' '.join(words[:at])} {m[2]} {' '.join(words[at:])}".strip()
+        return rng.choice(CLAUSE_FRAMES).replace("{x}", clause)
+    if m := DOES.fullmatch(stem):
+        return rng.choice(CLAUSE_FRAMES).replace("{x}", f"{m[1].lower()} {m[2]}")
+    if SUBJECT.fullmatch(stem):
+        return rng.choice(CLAUSE_FRAMES).replace("{x}", stem[0].lower() + stem[1:])
+    return stem
+
+
+def _turned(noun: str, rng: random.Random) -> str:
+    """ "the door of the house" <-> "the house's door"."""
+    if rng.random() < 0.5:
+        return noun
+    if m := OF.match(noun):
+        return f"{m[2]}'s {m[1]}"
+    if m := OWNER.match(noun):
+        return f"the {m[2]} of {m[1]}"
+    return noun
+
+
+def _keywords(stem: str, rng: random.Random) -> str:
+    """As one types into a search box; at times what is asked for changes places with whom it is asked of."""
+    words = [w for w in stem.split() if w.lower().strip(",:;'\"") not in FILLERS]
+    if len(words) > 1 and rng.random() < 0.5:
+        at = rng.randrange(1, len(words))
+        words = words[at:] + words[:at]
+    return " ".join(words) or stem
+
+
+def _with_noise(stem: str, rng: random.Random, noise: Sequence[str]) -> str:
+    words = [w for w in stem.split() if w.lower() not in FILLERS or rng.random() < 0.6]
+    for _ in range(rng.randrange(1, 5)):
+        words.insert(rng.randrange(len(words) + 1), rng.choice(noise))
+    return " ".join(words)
+
+
+def _dressed(stem: str, rng: random.Random) -> str:
+    if rng.random() < 0.3:
+        stem = f"{rng.choice(OPENERS)} {stem}"
+    if rng.random() < 0.25:
+        stem = f"{stem}, {rng.choice(CLOSERS)}"
+    if rng.random() < 0.15:
+        stem = stem.lower()
+    elif rng.random() < 0.7:
+        stem = stem[:1].upper() + stem[1:]
+    return stem + rng.choice(("?", "?", "?", ".", ""))
+
+
+class Reworded(Task):
+    """A task's conversations with the user's messages in other words.
+
+    Args:
+        variant: each is another draw; 0 = as they are.
+    """
+
+    def __init__(self, task: Task, variant: int) -> None:
+        super().__init__()
+        self.task, self.variant = task, variant
+        asked = {w for c in task for m in c["messages"] if m["role"] == "user" for w in _words(m["content"])}
+        self.noise = [w for w in NOISE if w in FILLERS or w not in asked]
+
+    def num_examples(self) -> int:
+        return len(self.task)
+
+    def get_example(self, index: int) -> Conversation:
+        conversation = self.task[index]
+        if self.variant == 0:
+            return conversation
+        rng = random.Random(f"{self.variant} {index}")
+        messages = [
+            {**m, "content": reword(m["content"], rng, self.noise)} if m["role"] == "user" else m
+            for m in conversation["messages"]
+        ]
+        return {**conversation, "messages": messages}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[\w-]+", text.lower())
