@@ -47,7 +47,8 @@ pub fn attention<T: Element>(
         assert!((p + 1) * d / 2 <= a.cos.len(), "position {p} is beyond the rotary tables");
     }
     let (keys, values, y) = (Cache(keys.as_mut_ptr()), Cache(values.as_mut_ptr()), Cache(y.as_mut_ptr()));
-    parallel::run(rows * kv, &|i| one_head(a, qkv, positions, i / kv, i % kv, &keys, &values, &y));
+    let read: usize = positions.iter().map(|&p| 2 * p as usize * kv * d * size_of::<T>()).sum();
+    parallel::run(rows * kv, read, &|i| one_head(a, qkv, positions, i / kv, i % kv, &keys, &values, &y));
 }
 
 with_best!(fn one_head<T: Element>(

@@ -108,7 +108,7 @@ pub fn linear<W: Element>(x: &[f32], rows: usize, parts: &[Part<W>], y: &mut [f3
     }
     assert_eq!(column, width, "the parts do not fill y");
     let x = Activations::new::<W>(x, k, norm);
-    parallel::run(blocks.len(), &|i| multiply(&blocks[i], &x));
+    parallel::run(blocks.len(), width * k * size_of::<W>(), &|i| multiply(&blocks[i], &x));
 }
 
 pub fn inverse_rms(row: &[f32]) -> f32 {

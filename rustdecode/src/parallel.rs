@@ -38,11 +38,13 @@ unsafe extern "C" fn work(call: *mut c_void) {
     (*call.cast::<Call>()).work();
 }
 
-/// Call `job` with each of 0..parts; whoever is free takes the next.
-pub fn run(parts: usize, job: &(dyn Fn(usize) + Sync)) {
+const ALONE_BYTES: usize = 128 << 10; // to read: some microseconds, not worth waiting for others
+
+/// Call `job` with each of 0..parts, which read so many bytes together; whoever is free takes the next.
+pub fn run(parts: usize, bytes: usize, job: &(dyn Fn(usize) + Sync)) {
     let call = Call { job, parts, next: AtomicUsize::new(0) };
     let (threads, fork) = (THREADS.load(Relaxed).min(parts), FORK.load(Relaxed));
-    if threads <= 1 || fork == 0 {
+    if threads <= 1 || fork == 0 || bytes < ALONE_BYTES {
         return call.work();
     }
     let fork: Fork = unsafe { std::mem::transmute(fork) };
