@@ -46,6 +46,7 @@ from nanochat.tokenizer import Tokenizer
 
 WARMUP = 0.1  # share of the seconds that is not counted: caches grow, clients come out of step
 ALONE = 0.15  # share of the seconds that the engine alone gets, twice
+END_SECONDS = 60.0  # for the server to end in
 WORDS = "the cat sat on a mat and looked at seven planets while rain fell over paris in early spring".split()
 
 
@@ -195,7 +196,15 @@ def server(cfg: ServeConfig) -> Iterator[tuple[str, psutil.Process]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "scripts.chat_web", f"--port={port}", f"--source={cfg.source or 'sft'}"]
+    command = [
+        sys.executable,
+        "-X",
+        "faulthandler",
+        "-m",
+        "scripts.chat_web",
+        f"--port={port}",
+        f"--source={cfg.source or 'sft'}",
+    ]
     if cfg.model_tag:
         command.append(f"--model_tag={cfg.model_tag}")
     env = {**os.environ, "OMP_NUM_THREADS": str(cfg.threads)}
@@ -214,8 +223,13 @@ def server(cfg: ServeConfig) -> Iterator[tuple[str, psutil.Process]]:
                 time.sleep(0.1)
         yield address, psutil.Process(process.pid)
         process.send_signal(signal.SIGTERM)
-        if process.wait(60):
-            raise RuntimeError(f"the server ended with exit code {process.returncode}")
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # faulthandler writes where it hangs
+        if process.wait():
+            log.seek(0)
+            raise RuntimeError(f"the server ended with {process.returncode}: {log.read().decode()[-5000:]}")
     finally:
         process.kill()
         process.wait()
