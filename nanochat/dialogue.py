@@ -11,9 +11,9 @@ from typing import Any
 
 from nanochat.checkpoint import load_model
 from nanochat.config import InputError
-from nanochat.engine import TOOL, Engine
+from nanochat.engine import CACHE_BYTES, TOOL, Engine
 from nanochat.quantize import quantize_int8
-from nanochat.runtime import DTYPES, Runtime
+from nanochat.runtime import DTYPES, Runtime, available_memory
 from nanochat.tokenizer import Tokenizer
 
 # How a tool call reads in a stream: by its tokens' names, from which parse_content() makes it a call again ...
@@ -181,4 +181,5 @@ def load_engine(
         quantize_int8(model)
     for parameter in model.requires_grad_(False).parameters():  # not the buffers: scales of integers stay fp32
         parameter.data = parameter.data.to(rt.dtype)
-    return Engine(model.eval(), tokenizer)
+    cache_bytes = min(CACHE_BYTES, int(available_memory(rt) // 2))  # the rest is for whatever else runs here
+    return Engine(model.eval(), tokenizer, cache_bytes)
