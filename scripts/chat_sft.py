@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class ChatSFTConfig:
     conversations: tuple[str, ...] = flag((), "FILE.jsonl[:epochs]: your own conversations", off="None", new=True)
     replay: float = flag(4.0, "after --source=sft, other conversations for each showing of one of yours", new=True)
     reword: bool = flag(True, "after --source=sft, ask in other words each time (English)", new=True)
+    warm_start: bool = flag(False, "begin with the optimizer's state that the checkpoint has, not anew", new=True)
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
     step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
     save_tag: str | None = flag(
@@ -176,6 +178,10 @@ def build(
         muon_dtype=muon_dtype(rt),
     )
     meta = resume.stage_facts(cfg, model, tokenizer, fingerprint(train), source["user_config"].get("dataset"))
+    if cfg.warm_start and saved is None:
+        start = checkpoint.load(Path(source["path"]), with_optimizer=True).optimizer
+        assert start is not None
+        optimizer.load_state_dict(start)
     state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
     directory = checkpoint.tag_directory("sft", source["tag"])
     examples, rows, T = cfg.target_examples_per_step, cfg.device_batch_size, model.config.sequence_len

@@ -143,3 +143,16 @@ def test_settings_of_the_run_before_stand_where_the_command_has_the_defaults():
         cfg, embedding_lr=0.7, task=("TinySums:5", "TinyMC:3"), eval_metrics_every=None, aqua_train_examples=0
     )
     assert settled(cfg, {"task": "None"}) == cfg
+
+
+def test_a_warm_start_takes_the_optimizers_state_and_says_where_there_is_none(base: Path, capsys: Any):
+    mine = write(base / "mine.jsonl", 4)
+    with pytest.raises(SystemExit):
+        chat_sft.main([*SMALL, f"--conversations={mine}", "--warm_start"])
+    assert "holds no optim.safetensors" in capsys.readouterr().err
+    chat_sft.main([*SMALL, f"--conversations={mine}"])
+    first = checkpoint.load(checkpoint.find("sft", "d2"), with_optimizer=True).optimizer
+    chat_sft.main([*SMALL, "--source=sft", f"--conversations={mine}:1", "--replay=0", "--warm_start"])
+    second = checkpoint.load(checkpoint.find("sft", "d2-own"), with_optimizer=True).optimizer
+    assert first is not None and second is not None
+    assert (int(first["step"]), int(second["step"])) == (1, 2)
