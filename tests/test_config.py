@@ -228,7 +228,8 @@ def test_a_stage_from_the_shell_ends_with_code_2_and_one_line():
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_refuses_an_unknown_flag(name, capsys):
-    argv = ["--no-such-flag=1"] + (["--source=base"] if name == "chat_eval" else [])
+    needed = {"chat_eval": ["--source=base"], "make_identity": ["--about=me.yaml"]}
+    argv = ["--no-such-flag=1", *needed.get(name, [])]
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(f"scripts.{name}").main(argv)
     assert ended.value.code == 2

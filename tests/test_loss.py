@@ -138,7 +138,7 @@ for dtype, V, cap in ((torch.float32, 5000, SoftCap()), (torch.bfloat16, 37, Sof
         losses, g = capped_cross_entropy_(u, targets, weights, cap, with_gradient)
         torch.testing.assert_close(losses.double(), wanted[0], rtol=1e-5, atol=1e-5)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(g.double(), wanted[1], rtol=tolerance, atol=1e-7)
+    torch.testing.assert_close(g.double(), wanted[1], rtol=tolerance, atol=3e-7)  # the sums are in another order
 """
 
 

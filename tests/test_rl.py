@@ -184,11 +184,11 @@ def test_training_on_a_reward_raises_it(tmp_path):
     def reward(conversation: Any, answer: str) -> float:
         return float("a" in answer)
 
-    trainer, state = make(tmp_path, reward, num_iterations=8, num_samples=8)
+    trainer, state = make(tmp_path, reward, num_iterations=20, num_samples=8)
     trainer.evaluate(state)
-    steps(trainer, state, 8)
+    steps(trainer, state, 20)
     trainer.evaluate(state)
-    assert state.outcome["Reward at the end"] > state.outcome["Reward at step 0"] + 0.2
+    assert state.outcome["Reward at the end"] > state.outcome["Reward at step 0"] + 0.5
 
 
 def test_seeds_are_the_same_on_every_machine_and_differ_by_step_and_rank():
