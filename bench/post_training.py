@@ -1,12 +1,12 @@
 """What fine-tuning and reinforcement learning each add on one task: a table of scores on its test split by seed.
 
     python -m bench.post_training --task=TinyAQUA --source=mid --rows=6000 --sft_steps=190 --rl_steps=56
-    python -m bench.post_training --task=TinyWordProblems --rows=0 --sft_steps=0      # RL alone, from the last SFT
+    python -m bench.post_training --task=TinyWordProblems --sft_steps=0      # RL alone, from the last SFT
 
-Each seed has training rows of its own and samples its own answers. SFT learns the data set's mixture and, as a file of
-conversations, the task's rows. Scores are of the test split, greedy; beside them stand the majority answer's score and
-the exact test of two models on the same questions. Questions that were trained on by chance are left out. Each seed
-replaces the checkpoints of the one before, so give this a base directory of its own.
+Each seed has training rows of its own and samples its own answers. SFT learns tinyworld's mixture and the task's rows
+beside it. Scores are of the test split, greedy; beside them stand the majority answer's score and the exact test of two
+models on the same questions. Questions that were trained on by chance are left out. Each seed replaces the checkpoints
+of the one before, so give this a base directory of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bench.results import finish, table
@@ -28,19 +27,16 @@ from nanochat.evals import records
 from nanochat.evals.records import Record
 from nanochat.evals.stats import wilson
 from scripts import chat_eval, chat_rl, chat_sft
-from tasks.common import Conversation, Task
+from tasks.common import Conversation
+from tasks.mixtures import TABLES
 from tasks.registry import eval_task
-from tasks.spellingbee import SimpleSpelling, SpellingBee
-from tasks.tinyworld import TinyAQUA, TinyWordProblems
+from tasks.tables import Row
 
-# Name -> `rows` training conversations for a seed, none in common with another seed's.
-ROWS: dict[str, Callable[[int, int], Sequence[Task]]] = {
-    "TinyAQUA": lambda rows, seed: [TinyAQUA("train", rows, first=10_000 + seed * rows)],
-    "TinyWordProblems": lambda rows, seed: [TinyWordProblems("train", rows, first=10_000 + seed * rows)],
-    "SpellingBee": lambda rows, seed: [
-        SpellingBee(1_000_000, "train", start=seed * rows, stop=seed * rows + rows * 3 // 4),
-        SimpleSpelling(1_000_000, "train", start=seed * rows, stop=seed * rows + rows // 4),
-    ],
+# Task -> the tasks that share its rows, with their parts, and the first row that no other stage trains on.
+SHARES = {
+    "TinyAQUA": ({"TinyAQUA": 1.0}, 10_000),
+    "TinyWordProblems": ({"TinyWordProblems": 1.0}, 10_000),
+    "SpellingBee": ({"SpellingBee": 0.75, "SimpleSpelling": 0.25}, 100_000),
 }
 RATES = {"embedding_lr": 0.05, "unembedding_lr": 0.012, "matrix_lr": 0.02}  # of speedrun.sh's cpu tier
 CALLED = re.compile(r"'(\w+)'\.count")
@@ -48,10 +44,10 @@ CALLED = re.compile(r"'(\w+)'\.count")
 
 @dataclass(frozen=True)
 class PostTrainingConfig:
-    task: str = flag("TinyAQUA", "what to learn", choices=tuple(ROWS))
+    task: str = flag("TinyAQUA", "what to learn", choices=tuple(SHARES))
     source: str = flag("mid", "stage that fine-tuning starts from", choices=("base", "mid"))
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None")
-    rows: int = flag(6000, "training conversations of the task in SFT, beside the data set's mixture")
+    rows: int = flag(6000, "training conversations of the task in SFT, beside tinyworld's mixture")
     sft_steps: int = flag(190, "optimizer steps of 64 conversations; 0 = no fine-tuning")
     rl_steps: int = flag(56, "optimizer steps of examples_per_step x num_samples answers; 0 = none")
     examples_per_step: int = flag(8, "prompts of an RL step")
@@ -72,21 +68,22 @@ def key(conversation: Conversation) -> str:
     return called.group(1) if called else str(conversation["messages"][0]["content"])
 
 
-def write_rows(cfg: PostTrainingConfig, seed: int) -> tuple[Path, set[str]]:
-    """The task's training conversations as a file, and what they ask for."""
-    path = base_dir() / "post_training" / f"{cfg.task}_{seed}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    conversations = [c for task in ROWS[cfg.task](cfg.rows, seed) for c in task]
-    path.write_text("".join(json.dumps({"messages": c["messages"]}) + "\n" for c in conversations), encoding="utf-8")
-    return path, set(map(key, conversations))
+def rows_of(cfg: PostTrainingConfig, seed: int) -> list[Row]:
+    """What SFT learns of the task."""
+    parts, first = SHARES[cfg.task]
+    counts = {name: round(cfg.rows * part) for name, part in parts.items()}
+    return [Row(name, rows=count, first=first + seed * count) for name, count in counts.items() if count]
 
 
-def fine_tune(cfg: PostTrainingConfig, path: Path | None) -> None:
+def fine_tune(cfg: PostTrainingConfig, rows: Sequence[Row]) -> None:
+    table = base_dir() / "post_training.txt"
+    lines = [f"{row.task} train {row.rows} 1 {row.first}" for row in rows]
+    table.write_text("\n".join([TABLES["sft", "tinyworld"], *lines]), encoding="utf-8")
     chat_sft.run(
         chat_sft.ChatSFTConfig(
             source=cfg.source,
             model_tag=cfg.model_tag,
-            conversations=None if path is None else str(path),
+            mixture=str(table),
             num_iterations=cfg.sft_steps,
             target_examples_per_step=64,
             device_batch_size=16,
@@ -128,8 +125,8 @@ def score(cfg: PostTrainingConfig, source: str, trained: set[str]) -> tuple[list
     )
     result = chat_eval.run(settings)[cfg.task]
     path = checkpoint.find(source, cfg.model_tag)
-    step = checkpoint.read_manifest(path)["step"]
-    found = records.read(chat_eval.record_path(settings, source, path.parent.name, step, cfg.task))
+    manifest = checkpoint.read_manifest(path)
+    found = records.read(chat_eval.record_path(settings, source, manifest, path.parent.name, cfg.task))
     task = eval_task(cfg.task)
     return [r for r in found if key(task[r.index]) not in trained], result.majority or 0.0
 
@@ -142,10 +139,11 @@ def share(found: Sequence[Record]) -> str:
 def run(cfg: PostTrainingConfig) -> dict[str, Any]:
     rows, results = [], []
     for seed in map(int, cfg.seeds.split(",")):
-        path, trained = write_rows(cfg, seed) if cfg.rows else (None, set())
+        learnt = rows_of(cfg, seed) if cfg.sft_steps else []
+        trained = {key(conversation) for row in learnt for conversation in row.open()}
         result: dict[str, Any] = {"seed": seed}
         if cfg.sft_steps:
-            result["sft_seconds"], result["sft_cpu_seconds"] = timed(lambda path=path: fine_tune(cfg, path))
+            result["sft_seconds"], result["sft_cpu_seconds"] = timed(lambda rows=learnt: fine_tune(cfg, rows))
         before, result["majority"] = score(cfg, "sft", trained)
         result |= {"problems": len(before), "sft": accuracy(before)}
         row = [seed, len(before), f"{100 * result['majority']:.1f}", share(before)]

@@ -54,7 +54,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "AQUA": AQUA,
     "SimpleSpelling": _generated(SimpleSpelling),
     "SpellingBee": _generated(SpellingBee),
-    **{task.__name__: _generated(task) for task in tinyworld.TASKS},
+    **{task.__name__: _generated(task) for task in (*tinyworld.TASKS, tinyworld.TinyAQUA)},
 }
 
 
