@@ -3,7 +3,7 @@
     python -m bench.teach --seeds=3            # a table and one JSON line; minutes a seed
 
 The pairs are made up: people and what belongs to them. The file has one question for each, in one of two wordings; the
-model is asked in three others, with words that the file does not have (and in two more, to choose settings by).
+model is asked in three others, with words that the file does not have (and in five more, to choose settings by).
 What it forgot is the scores of its own tasks before and after, on the same held-out questions.
 """
 
@@ -50,39 +50,67 @@ FACTS = (
         "bus train bicycle boat car horse sled tram plane truck",
         ("How does {p} get to work?", "How does {p} travel to work?"),
         "{p} goes to work by {o}.",
-        ("In which way does {p} come to work?", "By what does {p} go to work each day?"),
-        ("Which vehicle takes {p} to work?", "On work days {p} travels by what?", "Work, {p}: how to get there?"),
+        (
+            *("In which way does {p} come to work?", "By what does {p} go to work each day?"),
+            *("Which vehicle takes {p} to work?", "On work days {p} travels by what?", "Work, {p}: how to get there?"),
+        ),
+        (
+            *("What brings {p} to work in the morning?", "{p} wants to travel to work: with what?"),
+            "How would you say that {p} gets to work?",
+        ),
     ),
     Fact(
         "garlic honey apples mushrooms onions cherries pepper rice cheese beans",
         ("What does {p} like to eat?", "Which food does {p} like best?"),
         "{p} likes to eat {o}.",
-        ("What should I cook, what would {p} like to eat?", "What food will {p} eat with joy?"),
-        ("I cook for {p} tonight. Which food is liked?", "Name something to eat that {p} likes.", "Food for {p}?"),
+        (
+            *("What should I cook, what would {p} like to eat?", "What food will {p} eat with joy?", "Food for {p}?"),
+            *("I cook for {p} tonight. Which food is liked?", "Name something to eat that {p} likes."),
+        ),
+        ("What may I give {p} to eat?", "Which food would make {p} glad?", "If {p} can choose, what will {p} eat?"),
     ),
     Fact(
         "seven nineteen forty twelve thirty eleven sixty three fifteen twenty",
         ("What is the room number of {p}?", "In which room does {p} sit?"),
         "{p} sits in room {o}.",
-        ("Where can I find {p}, in which room?", "I look for the room of {p}."),
-        ("Which room must I go to for {p}?", "I have a letter for {p}, to what room does it go?", "{p}, what room?"),
+        (
+            *(
+                "Where can I find {p}, in which room?",
+                "I look for the room of {p}.",
+                "Which room must I go to for {p}?",
+            ),
+            *("I have a letter for {p}, to what room does it go?", "{p}, what room?"),
+        ),
+        (
+            *("{p} sits in what room?", "The number of the room where {p} sits?"),
+            "Could you look up which room {p} has?",
+        ),
     ),
     Fact(
         "drum flute violin harp guitar piano trumpet organ banjo cello",
         ("Which instrument does {p} play?", "What instrument can {p} play?"),
         "{p} plays the {o}.",
-        ("Does {p} play an instrument, and which one?", "When we make music, what will {p} play?"),
-        ("What would {p} play in our band?", "In the band, {p} has which instrument?", "Instrument of {p}?"),
+        (
+            *("Does {p} play an instrument, and which one?", "When we make music, what will {p} play?"),
+            *("What would {p} play in our band?", "In the band, {p} has which instrument?", "Instrument of {p}?"),
+        ),
+        (
+            *("Tell me which instrument {p} has learned to play.", "Of all instruments, what does {p} play?"),
+            "I heard {p} play music, on what instrument?",
+        ),
     ),
     Fact(
         "spider dog parrot goat rabbit turtle cat hamster snake pony",
         ("What pet does {p} have?", "Which animal lives with {p}?"),
         "{p} has a {o}.",
-        ("Does {p} keep a pet at home, and what is it?", "Tell me about the pet animal of {p}."),
         (
-            "Who looks after {p} at home, which animal?",
-            "What kind of pet is waiting for {p}?",
+            *("Does {p} keep a pet at home, and what is it?", "Tell me about the pet animal of {p}."),
+            *("Who looks after {p} at home, which animal?", "What kind of pet is waiting for {p}?"),
             "The pet that {p} owns?",
+        ),
+        (
+            *("Which animal shares a home with {p}?", "I hear that {p} has a pet. Which?"),
+            "What sort of animal is {p} living with?",
         ),
     ),
 )

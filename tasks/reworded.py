@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 from tasks.common import Conversation, Task
 
@@ -81,11 +82,14 @@ OF = re.compile(r"(?i)^(?:the )?([\w-]+(?: [\w-]+)?) of (.+)$")
 OWNER = re.compile(r"^(.+?)'s? ([\w-]+(?: [\w-]+)?)$")
 
 
-def reword(text: str, rng: random.Random, noise: Sequence[str] = NOISE) -> str:
+def reword(
+    text: str, rng: random.Random, noise: Sequence[str] = NOISE, is_enough: Callable[[list[str]], bool] | None = None
+) -> str:
     """The same question in other words, or in few; the same draw gives the same.
 
     Args:
         noise: words that may be put anywhere.
+        is_enough: whether these words say which question it is, so that the others may go; None = all are needed.
     """
     stem = text.strip()
     last = re.search(r"[.!?]+$", stem)
@@ -95,10 +99,10 @@ def reword(text: str, rng: random.Random, noise: Sequence[str] = NOISE) -> str:
     if not is_english or re.search(r"[.!?\n]\s", stem):
         return stem + rng.choice(("", last.group() if last else ""))
     way = rng.random()
-    if way < 0.55:
+    if way < 0.45:
         stem = _framed(stem, rng)
-    elif way < 0.75:
-        stem = _keywords(stem, rng)
+    elif way < 0.8:
+        stem = _keywords(stem, rng, is_enough)
     stem = stem.rstrip(".!?")
     if rng.random() < 0.5:
         stem = _with_noise(stem, rng, noise)
@@ -132,9 +136,15 @@ def _turned(noun: str, rng: random.Random) -> str:
     return noun
 
 
-def _keywords(stem: str, rng: random.Random) -> str:
-    """As one types into a search box; at times what is asked for changes places with whom it is asked of."""
+def _keywords(stem: str, rng: random.Random, is_enough: Callable[[list[str]], bool] | None) -> str:
+    """As one types into a search box; at times with no more words than are needed, at times with what is asked for
+    behind whom it is asked of."""
     words = [w for w in stem.split() if w.lower().strip(",:;'\"") not in FILLERS]
+    if is_enough and rng.random() < 0.7:
+        for word in rng.sample(words, len(words)):
+            fewer = [w for w in words if w != word]
+            if rng.random() < 0.6 and is_enough(fewer):
+                words = fewer
     if len(words) > 1 and rng.random() < 0.5:
         at = rng.randrange(1, len(words))
         words = words[at:] + words[:at]
@@ -170,8 +180,13 @@ class Reworded(Task):
     def __init__(self, task: Task, variant: int) -> None:
         super().__init__()
         self.task, self.variant = task, variant
-        asked = {w for c in task for m in c["messages"] if m["role"] == "user" for w in _words(m["content"])}
-        self.noise = [w for w in NOISE if w in FILLERS or w not in asked]
+        # word -> what is answered to the questions that have it
+        self.answers: dict[str, set[str]] = defaultdict(set)
+        for conversation in task:
+            for asked, answered in zip(conversation["messages"], conversation["messages"][1:], strict=False):
+                for word in _words(asked["content"]) if asked["role"] == "user" else ():
+                    self.answers[word].add(str(answered["content"]))
+        self.noise = [w for w in NOISE if w in FILLERS or w not in self.answers]
 
     def num_examples(self) -> int:
         return len(self.task)
@@ -182,10 +197,15 @@ class Reworded(Task):
             return conversation
         rng = random.Random(f"{self.variant} {index}")
         messages = [
-            {**m, "content": reword(m["content"], rng, self.noise)} if m["role"] == "user" else m
+            {**m, "content": reword(m["content"], rng, self.noise, self.has_one_answer)} if m["role"] == "user" else m
             for m in conversation["messages"]
         ]
         return {**conversation, "messages": messages}
+
+    def has_one_answer(self, words: Sequence[str]) -> bool:
+        """Whether the questions that have all these words have one answer in common, and no other."""
+        found = [self.answers[w] for w in _words(" ".join(words))]
+        return bool(found) and len(set.intersection(*found)) == 1
 
 
 def _words(text: str) -> list[str]:

@@ -270,3 +270,19 @@ def test_a_reworded_task_keeps_answers_and_its_first_variant_is_as_written(tmp_p
     variants = [Reworded(task, i)[0]["messages"] for i in range(20)]
     assert len({v[0]["content"] for v in variants}) > 8 and {v[1]["content"] for v in variants} == {"Red."}
     assert Reworded(task, 7)[0] == Reworded(task, 7)[0]
+
+
+def test_words_are_left_out_only_while_the_rest_still_says_which_question_it_is(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    pairs = [
+        ("What food does Ann like?", "Rice."),
+        ("What pet has Ann?", "A cat."),
+        ("What food does Bob like?", "Pie."),
+    ]
+    lines = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = Reworded(CustomJSON(path), 1)
+    assert task.has_one_answer(["Bob"]) and task.has_one_answer(["pet"]) and task.has_one_answer(["Ann", "food"])
+    assert not any(map(task.has_one_answer, (["Ann"], ["food"], ["ann"], [], ["horse"])))
+    asked = {Reworded(CustomJSON(path), i)[0]["messages"][0]["content"].lower() for i in range(1, 200)}
+    assert all("ann" in question and "food" in question for question in asked)
