@@ -111,7 +111,7 @@ class Decoding:
             engine.submit(prompt, max_tokens=cfg.new + WARM_STEPS + cfg.prompt, sampling=greedy)
 
         def prefill() -> None:
-            while engine.stats()["running"] < self.rows:
+            while len(engine.slots.running) < self.rows:
                 engine.step()
 
         filling = seconds_of(prefill, self.model.device)
