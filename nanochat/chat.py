@@ -48,8 +48,8 @@ def check_conversation(conversation: Any, where: str = "") -> None:
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns:
         refuse("the system message must be followed by a user message")
-    if turns is not messages and not isinstance(messages[0]["content"], str):
-        refuse(f"message 0 (system): content must be a string, got {_brief(messages[0]['content'])}")
+    if turns is not messages and (reason := _content_fault(messages[0]["content"], parts_allowed=False)):
+        refuse(f"message 0 (system): {reason}")
     offset = len(messages) - len(turns)
     for i, message in enumerate(turns):
         expected = "assistant" if i % 2 else "user"

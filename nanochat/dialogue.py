@@ -22,7 +22,7 @@ AS_TOKENS = {name: name for name in TOOL}
 AS_BRACKETS = dict(zip(TOOL, ("[", "]", "=[", "]"), strict=True))
 
 _TOOL_PART = re.compile(
-    r"<\|(python)_start\|>(.*?)<\|python_end\|>|<\|(output)_start\|>(.*?)<\|output_end\|>", re.DOTALL
+    r"<\|(python)_start\|>(.*?)(?:<\|python_end\|>|\Z)|<\|(output)_start\|>(.*?)(?:<\|output_end\|>|\Z)", re.DOTALL
 )
 
 
@@ -111,7 +111,7 @@ class StopStrings:
 
 
 def parse_content(text: str) -> str | list[dict[str, str]]:
-    """An assistant's streamed text as a message content: its tool calls become parts again."""
+    """An assistant's streamed text as a message content: its tool calls become parts again, an unfinished one too."""
     parts: list[dict[str, str]] = []
     at = 0
     for match in _TOOL_PART.finditer(text):

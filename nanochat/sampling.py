@@ -52,7 +52,7 @@ class Sampling:
             raise InputError(f"top_p must be above 0 and at most 1 (off), got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p must be from 0 (off) to 1, got {self.min_p}")
-        if not 0.1 <= self.repetition_penalty <= 10:  # nearer 0 logits overflow
+        if not 0.1 <= self.repetition_penalty <= 10:  # near 0 it overflows the logits
             raise InputError(f"repetition_penalty must be from 0.1 to 10; 1 is off, got {self.repetition_penalty}")
         if self.logprobs is not None and self.logprobs < 0:
             raise InputError(f"logprobs must be 0 or more, got {self.logprobs}")

@@ -110,7 +110,7 @@ def test_logprobs_are_of_the_chosen_and_of_as_many_of_the_likeliest_as_asked():
         {"top_k": -1},
         *({"top_p": p} for p in (0.0, -1.0, 1.1, math.nan)),
         *({"min_p": p} for p in (-0.1, 1.1, math.nan)),
-        *({"repetition_penalty": p} for p in (0.0, 1e-30, -1.0, math.inf, math.nan)),
+        *({"repetition_penalty": p} for p in (0.0, 1e-40, 11.0, -1.0, math.inf, math.nan)),
         {"logprobs": -1},
     ],
     ids=str,
