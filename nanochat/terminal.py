@@ -220,7 +220,7 @@ class Chat:
     def _system(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
-    def _answer(self, before: Sequence[Mapping[str, Any]], text: str, sample: int) -> None:
+    def _answer(self, before: list[dict[str, Any]], text: str, sample: int) -> None:
         settings, tokenizer = self.settings, self.engine.tokenizer
         messages = [*before, {"role": "user", "content": text}]
         ids = self._prompt(messages)
