@@ -69,10 +69,11 @@ def run(cfg: ChatCliConfig) -> None:
 
 
 def _run(cfg: ChatCliConfig) -> None:
-    prompt = sys.stdin.read() if cfg.prompt == "-" else cfg.prompt
+    stdin = sys.stdin or io.StringIO()  # None where it was closed
+    prompt = stdin.read() if cfg.prompt == "-" else cfg.prompt
     if prompt is not None and not prompt.strip():
         raise InputError("the prompt is empty; leave out -p to have a conversation")
-    interactive = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = prompt is None and stdin.isatty() and sys.stdout.isatty()
     rt = runtime.start(cfg.device_type)
     engine = load_engine(cfg.source, rt, cfg.model_tag, cfg.step, cfg.dtype, cfg.quantize)
     notes = sys.stdout if interactive else sys.stderr
@@ -83,7 +84,7 @@ def _run(cfg: ChatCliConfig) -> None:
         print("nanochat: type a message, /help for the commands, Ctrl-D to leave.")
         chat.talk(typed_messages(base_dir() / "chat_history", chat.note))
     else:
-        chat.talk(sys.stdin)
+        chat.talk(stdin)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

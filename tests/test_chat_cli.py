@@ -313,6 +313,12 @@ def test_a_pipe_says_on_stderr_what_it_dropped(scripted, capsys):
     assert err == "(the context of 64 tokens is full: the oldest 2 messages are forgotten)\n"
 
 
+def test_a_closed_standard_input_is_an_empty_one(scripted, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    chat_cli.main(["--device_type=cpu"])
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("argv", "stdin", "reason"),
     [
@@ -445,7 +451,7 @@ def test_a_terminal_from_the_banner_to_ctrl_d(tmp_path):
 
     def wait_for(text: str, *, since: int) -> None:
         nonlocal screen
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while text not in screen[since:]:
             assert time.monotonic() < deadline, f"no {text!r} in {screen!r}"
             if select.select([ours], [], [], 1)[0]:
