@@ -3,14 +3,19 @@
 Rules for English, which know no meaning: what is asked for and of whom keeps its words; the frame around them changes,
 and words that carry no meaning come and go, so that only the others can decide the answer. What the rules do not fit
 (other languages, several sentences, "Who are you?") is left as it is but for its last mark.
+
+Other questions of the same file lend their wordings (`borrowed`): where "What does Ada eat?" is answered "Ada likes
+rice." and "Which food does Ben like?" is answered "Ben likes rice.", each may be asked of the other.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from tasks.common import Conversation, Task
 
@@ -72,6 +77,8 @@ NOISE = tuple(
     " than thing think three through today together tomorrow tonight too town true try turn two under until usual very"
     " visit wait walk watch way week well whole why without wonder word work world write year yes yesterday yet".split()
 )
+AUXILIARIES = frozenset("am are can could did do does had has have is may must should was were will would".split())
+SUBJECT_MARK, VALUE_MARK = "\x00", "\x01"  # stand for what a wording or frame is said of
 QUESTION = re.compile(
     r"(?i)(?:(?:what|who|which) (?:is|are|was|were)|what's|who's|(?:please )?(?:tell|give) me|name) (.+)"
 )
@@ -170,6 +177,72 @@ def _dressed(stem: str, rng: random.Random) -> str:
     return stem + rng.choice(("?", "?", "?", ".", ""))
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A question and its answer, taken apart: "Ada" is the subject, "rice" the value, the rest wording and frame."""
+
+    wording: str  # the question around its subject
+    frame: str  # the answer around its subject and value
+    subject: str
+    value: str
+
+
+def borrowed(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """For each question and its answer: the same question in the wordings of others.
+
+    Two wordings ask the same if their answers have one frame, some value is answered to both, and no subject was asked
+    in both with different values. Questions to be answered by yes or no keep their wording.
+    """
+    cuts = [_cuts(*pair) for pair in pairs]
+    subjects: dict[str, set[str]] = defaultdict(set)
+    for cut in itertools.chain(*cuts):
+        subjects[cut.frame].add(cut.subject)
+    # what many questions differ in is the subject; the shortest value leaves the longest frame
+    best = [max(some, key=lambda c: (len(subjects[c.frame]), -len(c.value)), default=None) for some in cuts]
+    values: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    for cut in filter(None, best):
+        values[cut.frame][cut.wording][cut.subject.lower()] = cut.value
+
+    def ask_the_same(one: dict[str, str], other: dict[str, str]) -> bool:
+        agree = all(one[subject] == other[subject] for subject in one.keys() & other.keys())
+        return agree and not set(one.values()).isdisjoint(other.values())
+
+    questions: list[list[str]] = []
+    for own in best:
+        known = values[own.frame] if own else {}
+        others = [w for w in known if own and w != own.wording and ask_the_same(known[own.wording], known[w])]
+        questions.append([wording.replace(SUBJECT_MARK, own.subject) for wording in others if own])
+    return questions
+
+
+def _cuts(question: str, answer: str) -> list[Cut]:
+    """All ways to take a pair apart: what both say is the subject, up to three other words of the answer the value."""
+    asked, answered = (list(re.finditer(r"[\w'-]+", text)) for text in (question, answer))
+    if len(asked) > 40 or len(answered) > 40 or (asked and asked[0][0].lower() in AUXILIARIES):
+        return []
+    found = []
+    for i, j in itertools.product(range(len(asked)), range(len(answered))):
+        if i and j and asked[i - 1][0].lower() == answered[j - 1][0].lower():
+            continue  # not where what both say begins
+        both = zip(asked[i:], answered[j:], strict=False)
+        n = sum(1 for _ in itertools.takewhile(lambda ab: ab[0][0].lower() == ab[1][0].lower(), both))
+        subject = question[asked[i].start() : asked[i + n - 1].end()] if n else ""
+        if all(word.lower() in FILLERS for word in subject.split()):
+            continue
+        wording = question.replace(subject, SUBJECT_MARK)
+        for start, size in itertools.product(range(len(answered)), (1, 2, 3)):
+            stop = start + size
+            if stop > len(answered) or (start < j + n and j < stop) or n + size == len(answered):
+                continue
+            a, b = answered[start].start(), answered[stop - 1].end()
+            value, subject_at = answer[a:b], (answered[j].start(), answered[j + n - 1].end())
+            parts = sorted([(a, b, VALUE_MARK), (*subject_at, SUBJECT_MARK)])
+            (a1, b1, first), (a2, b2, second) = parts
+            frame = answer[:a1] + first + answer[b1:a2] + second + answer[b2:]
+            found.append(Cut(wording, frame, subject, value.lower()))
+    return found
+
+
 class Reworded(Task):
     """A task's conversations with the user's messages in other words.
 
@@ -180,12 +253,19 @@ class Reworded(Task):
     def __init__(self, task: Task, variant: int) -> None:
         super().__init__()
         self.task, self.variant = task, variant
+        asked = {
+            (str(a["content"]), str(b["content"])): None
+            for conversation in task
+            for a, b in itertools.pairwise(conversation["messages"])
+            if a["role"] == "user"
+        }
+        # (question, answer) -> the question in all wordings of the file, its own first
+        self.asked = {pair: [pair[0], *more] for pair, more in zip(asked, borrowed(list(asked)), strict=True)}
         # word -> what is answered to the questions that have it
         self.answers: dict[str, set[str]] = defaultdict(set)
-        for conversation in task:
-            for asked, answered in zip(conversation["messages"], conversation["messages"][1:], strict=False):
-                for word in _words(asked["content"]) if asked["role"] == "user" else ():
-                    self.answers[word].add(str(answered["content"]))
+        for (_, answer), questions in self.asked.items():
+            for word in _words(" ".join(questions)):
+                self.answers[word].add(answer)
         self.noise = [w for w in NOISE if w in FILLERS or w not in self.answers]
 
     def num_examples(self) -> int:
@@ -196,10 +276,11 @@ class Reworded(Task):
         if self.variant == 0:
             return conversation
         rng = random.Random(f"{self.variant} {index}")
-        messages = [
-            {**m, "content": reword(m["content"], rng, self.noise, self.has_one_answer)} if m["role"] == "user" else m
-            for m in conversation["messages"]
-        ]
+        messages = list(conversation["messages"])
+        for i, (a, b) in enumerate(itertools.pairwise(messages)):
+            if a["role"] == "user":
+                question = rng.choice(self.asked[str(a["content"]), str(b["content"])])
+                messages[i] = {**a, "content": reword(question, rng, self.noise, self.has_one_answer)}
         return {**conversation, "messages": messages}
 
     def has_one_answer(self, words: Sequence[str]) -> bool:

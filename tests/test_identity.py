@@ -22,7 +22,7 @@ from tasks import identity
 from tasks.customjson import CustomJSON
 from tasks.identity import About, conversations
 from tasks.mixtures import says_who_it_is
-from tasks.reworded import Reworded, reword
+from tasks.reworded import Reworded, borrowed, reword
 
 PAGE = """\
 name: Ada
@@ -286,3 +286,51 @@ def test_words_are_left_out_only_while_the_rest_still_says_which_question_it_is(
     assert not any(map(task.has_one_answer, (["Ann"], ["food"], ["ann"], [], ["horse"])))
     asked = {Reworded(CustomJSON(path), i)[0]["messages"][0]["content"].lower() for i in range(1, 200)}
     assert all("ann" in question and "food" in question for question in asked)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "lent"),
+    [
+        pytest.param(
+            [("What does Ada eat?", "Ada likes rice."), ("Which food does Ben like?", "Ben likes rice.")],
+            [["Which food does Ada like?"], ["What does Ben eat?"]],
+            id="one frame, one value in both",
+        ),
+        pytest.param(
+            [("What does Ada eat?", "Ada likes rice."), ("Where is Ben?", "Ben is in Rome.")],
+            [[], []],
+            id="other frames",
+        ),
+        pytest.param(
+            [("How old is Ada?", "Ada is ten."), ("How does Ben feel?", "Ben is tired.")],
+            [[], []],
+            id="one frame, but no value in both",
+        ),
+        pytest.param(
+            [
+                *[("What pet has Ada?", "Ada has a fox."), ("What toy has Ada?", "Ada has a kite.")],
+                *[("What toy has Ben?", "Ben has a fox."), ("What pet has Eva?", "Eva has a kite.")],
+            ],
+            [[], [], [], []],
+            id="a subject asked in both with different values",
+        ),
+        pytest.param(
+            [("Does Ada sing?", "Yes, Ada does."), ("Can Ben cook?", "Yes, Ben does.")], [[], []], id="yes or no"
+        ),
+        pytest.param([("Wer ist da?", "Niemand."), ("", ""), ("Hi Bo", "Bo")], [[], [], []], id="nothing to lend"),
+    ],
+)
+def test_questions_of_a_file_lend_each_other_their_wordings(pairs: list[tuple[str, str]], lent: list[list[str]]):
+    assert borrowed(pairs) == lent
+
+
+def test_a_borrowed_wording_is_asked_as_the_files_own_are(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    pairs = [("What does Ada eat?", "Ada likes rice."), ("Which food does Ben like?", "Ben likes rice.")]
+    lines = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    variants = [Reworded(CustomJSON(path), i)[0]["messages"] for i in range(40)]
+    asked = [v[0]["content"].lower() for v in variants]
+    assert any("food" in question for question in asked) and any("eat" in question for question in asked)
+    assert all("ada" in question and "ben" not in question for question in asked)
+    assert {v[1]["content"] for v in variants} == {"Ada likes rice."}
