@@ -21,7 +21,7 @@ parse_arguments "cpu gpu1 gpu2 gpu4 gpu8" "$@"
 if [ "$TIER" = cpu ]; then
     MODEL="--depth=4 --arch=modern --aspect_ratio=48 --head_dim=96 --max_seq_len=256"
     CHARS=8_000_000 VOCAB=2048 BASE_STEPS=380 EVAL_TOKENS=32768 CORE=40 COMPILE=--compile
-    MID_STEPS=140 SFT_STEPS=190 RL_STEPS=56 RL_EXAMPLES=32 PROBLEMS=200
+    MID_STEPS=140 SFT_STEPS=190 RL_STEPS=160 RL_EXAMPLES=32 PROBLEMS=200
     if [ -n "$QUICK" ]; then
         MODEL="--depth=2 --arch=modern --aspect_ratio=32 --head_dim=32 --max_seq_len=256"
         CHARS=500_000 VOCAB=1024 BASE_STEPS=40 EVAL_TOKENS=8192 CORE=5 COMPILE=--no-compile
