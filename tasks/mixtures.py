@@ -75,7 +75,7 @@ ABOUT_ITSELF = ("TinyIdentity", "TinyDialogue")  # tasks in which the model says
 class Teach:
     """Your own conversations to a model that is through with the others."""
 
-    replay: float = 4.0  # other conversations, half of them midtraining's, for each one of yours that is shown
+    replay: float = 4.0  # conversations as the mixture's, new ones where it can be, for each one of yours that is shown
     reword: bool = True  # a conversation's questions in other words each time, after the first
 
     @staticmethod
@@ -156,10 +156,9 @@ def open_mixture(
     Raises:
         InputError: any of it is malformed, or data cannot be had.
     """
-    name = mixture or default
-    table = read_table(stage, name, default)
-    chosen, validation = list(table.train), table.validation
-    if name in NAMES and rows:
+    table = read_table(stage, mixture or default, default)
+    chosen, validation = [row.fresh() if teach else row for row in table.train], table.validation
+    if (mixture or default) in NAMES and rows:
 
         def sized(some: Iterable[Row]) -> list[Row]:
             wanted = [dataclasses.replace(r, rows=rows.get(f"{r.task} {r.split}", r.rows)) for r in some]
@@ -174,9 +173,8 @@ def open_mixture(
             row = dataclasses.replace(row, epochs=teach.epochs(len(row.open())))
         chosen.append(row)
     own = {row: CustomJSON(row.task, **row.cut) for row in chosen if row.is_own}
-    earlier = list(read_table("mid", name, default).train) if teach and name in NAMES else []
     if any(row.task in ABOUT_ITSELF for row in chosen) and any(map(says_who_it_is, own.values())):
-        chosen, earlier = ([row for row in rows if row.task not in ABOUT_ITSELF] for rows in (chosen, earlier))
+        chosen = [row for row in chosen if row.task not in ABOUT_ITSELF]
         print0(f"Your conversations say who the model is, so {' and '.join(ABOUT_ITSELF)} are left out")
     opened = [(row, own[row] if row.is_own else row.open()) for row in chosen]
     if not any(len(task) for _, task in opened):
@@ -186,9 +184,7 @@ def open_mixture(
     others = [task for row, task in opened if not row.is_own for _ in range(row.epochs)]
     shown = [Reworded(task, i if teach and teach.reword else 0) for row, task in yours for i in range(row.epochs)]
     if teach and shown:
-        sources = [some for some in (others, [row.open() for row in earlier for _ in range(row.epochs)]) if some]
-        each = round(teach.replay * sum(map(len, shown)) / max(1, len(sources)))
-        others = [TaskMixture(some, stop=each) for some in sources]
-        facts["Of the others together"] = f"{sum(map(len, others)):,} rows"
-        facts |= {"Half of them": "midtraining's"} if earlier else {}
+        replayed = TaskMixture(others, stop=round(teach.replay * sum(map(len, shown))))
+        others = [replayed]
+        facts["Of the others together"] = f"{len(replayed):,} rows"
     return Mixture(TaskMixture([*others, *shown]), [task for _, task in yours], facts, validation)

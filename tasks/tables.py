@@ -52,10 +52,10 @@ TASKS: dict[str, Callable[..., Task]] = {
     "ARC-Challenge": partial(ARC, "ARC-Challenge"),
     "GSM8K": partial(GSM8K, "main"),
     "AQUA": AQUA,
-    "SimpleSpelling": _generated(SimpleSpelling),
-    "SpellingBee": _generated(SpellingBee),
-    **{task.__name__: _generated(task) for task in (*tinyworld.TASKS, tinyworld.TinyAQUA)},
 }
+MADE: tuple[type[Task], ...] = (SimpleSpelling, SpellingBee, *tinyworld.TASKS, tinyworld.TinyAQUA)
+GENERATED = {task.__name__: _generated(task) for task in MADE}
+TASKS |= GENERATED
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ class Row:
     @property
     def is_own(self) -> bool:
         return self.task.endswith(".jsonl")
+
+    def fresh(self) -> Row:
+        """As many examples that this row does not have, where they are made when asked for; else the row itself."""
+        return dataclasses.replace(self, first=self.first + (self.rows or 0)) if self.task in GENERATED else self
 
     @property
     def cut(self) -> dict[str, Any]:

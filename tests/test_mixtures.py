@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from nanochat.config import InputError
-from tasks import mixtures
 from tasks.mixtures import Mixture, Teach, open_mixture, read_table
 from tasks.tables import TASKS, Row, own_row, parse_table, with_task
 
@@ -149,22 +148,15 @@ def test_teaching_shows_yours_often_in_other_words_among_as_many_others(tmp_path
     assert set(as_written.values()) == {3}
 
 
-def test_half_of_the_others_is_midtrainings_unless_the_mixture_is_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setitem(mixtures.TABLES, ("sft", "tinyworld"), "TinyFacts train 40")
-    monkeypatch.setitem(mixtures.TABLES, ("mid", "tinyworld"), "TinySums train 40")
-    mine = write(tmp_path / "mine.jsonl", ["one?"])
-
-    def sums(mixture: str) -> tuple[int, int]:
-        opened_mixture = opened(mixture, conversations=[f"{mine}:10"], teach=Teach(replay=2, reword=False))
-        answers = [c["messages"][1]["content"] for c in opened_mixture.train]
-        return sum(isinstance(answer, list) for answer in answers), len(answers)
-
-    assert sums("tinyworld") == (10, 30)
-    table = tmp_path / "table.txt"
-    table.write_text("TinyFacts train 40")
-    assert sums(str(table)) == (0, 30)
+def test_teaching_takes_new_examples_of_what_is_made_when_asked_for(tmp_path: Path):
+    mine, table = write(tmp_path / "mine.jsonl", ["one?"]), tmp_path / "table.txt"
+    table.write_text("TinySums train 40 - 100\nGSM8K train 20\n")
+    rows = [row.fresh() for row in read_table("sft", str(table), "tinyworld").train]
+    assert rows == [Row("TinySums", rows=40, first=140), Row("GSM8K", rows=20)]
+    table.write_text("TinySums train 40 - 100")
+    taught = questions(opened(str(table), conversations=[f"{mine}:10"], teach=Teach(replay=4, reword=False)))
+    others = Row("TinySums", rows=40, first=140).open()
+    assert taught == Counter([*(c["messages"][0]["content"] for c in others), *["one?"] * 10])
 
 
 @pytest.mark.parametrize(("rows", "epochs"), [(10, 60), (100, 40), (400, 10), (5000, 4)])
