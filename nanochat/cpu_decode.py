@@ -32,7 +32,7 @@ class CPUDecoder:
             rustdecode.Layer(config.n_head, config.n_kv_head, config.head_dim, b.attn.window, b.attn.offsets_keys)
             for b in model.blocks
         ]
-        self.logits = torch.empty(0, config.vocab_size)
+        self.buffer = torch.empty(0, config.vocab_size)
         # as the model rounds them
         self.cos, self.sin = model.cos.float().contiguous(), model.sin.float().contiguous()
 
@@ -75,10 +75,19 @@ class CPUDecoder:
             _linear(x, [mlp.c_fc], h, norm=True, then="squared_relu")
             _linear(h, [mlp.c_proj], x, then="add")
         cache.lengths = cache.lengths + 1
-        if len(self.logits) < len(x):  # megabytes, whose pages the system would have to clear anew each step
-            self.logits = x.new_empty(len(x), config.vocab_size)
-        logits = self.logits[: len(x)]
-        _linear(x, [model.lm_head], logits, norm=True)
+        return self._head(x, norm=True)
+
+    @torch.inference_mode()
+    def logits(self, x: Tensor) -> Tensor:
+        """GPT.logits of a few rows of GPT.features, in the buffer of step(): (B, C) -> (B, V) fp32."""
+        rustdecode.set_threads(torch.get_num_threads(), OPENMP)
+        return self._head(x.float().contiguous(), norm=False)
+
+    def _head(self, x: Tensor, norm: bool) -> Tensor:
+        if len(self.buffer) < len(x):  # megabytes, whose pages the system would have to clear anew each step
+            self.buffer = x.new_empty(len(x), self.model.config.vocab_size)
+        logits = self.buffer[: len(x)]
+        _linear(x, [self.model.lm_head], logits, norm=norm)
         return logits.add_(LOGIT_CAP.shift).div_(LOGIT_CAP.scale).tanh_().mul_(LOGIT_CAP.cap)
 
     def _attend(self, i: int, qkv: Tensor, positions: Tensor, cache: KVCache, y: Tensor) -> None:

@@ -327,7 +327,13 @@ class Engine:
         if place:
             i, at = torch.tensor(ends).T
             complete += place
-            logits.append(self.model.logits(x[i, at])[list(place.values())])
+            logits.append(self._logits(x[i, at])[list(place.values())])
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """(B, C) features -> (B, V), on a CPU in a buffer."""
+        if self.cpu_decoder is not None and len(x) <= CPU_ROWS:
+            return self.cpu_decoder.logits(x)
+        return self.model.logits(x)
 
     def _write_next(self, rows: list[Request], logits: Tensor) -> None:
         """Draw and write the next token of rows: (B, V) logits. Those that end by it leave."""

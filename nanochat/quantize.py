@@ -8,6 +8,7 @@ says what it costs in bits per byte.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.gpt import GPT, Linear
@@ -16,7 +17,8 @@ QUANTIZED = ("int8",)
 
 
 class Int8Linear(Linear):
-    """A Linear that is not trained any more. `weight` is made anew for each use; decoding reads the integers."""
+    """A Linear that is not trained any more. Its products are those of the integers, which bf16 has exactly, times the
+    scales; decoding on a CPU reads the integers as they are."""
 
     integers: Tensor  # (out, in) int8
     scales: Tensor  # (out,) fp32
@@ -32,8 +34,11 @@ class Int8Linear(Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """(out, in) fp32."""
+        """(out, in) fp32, made anew for each use."""
         return self.integers.float().mul_(self.scales[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.linear(x, self.integers.to(x.dtype)) * self.scales).to(x.dtype)
 
 
 def quantize_int8(model: GPT) -> GPT:

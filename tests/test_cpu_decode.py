@@ -71,7 +71,21 @@ def test_an_8_bit_weight_is_off_by_half_a_step_at_most() -> None:
     assert ((linear.weight - weight).abs() <= step / 2 * 1.001).all()
     assert linear.integers.dtype == torch.int8
     x = torch.randn(3, 64)
-    torch.testing.assert_close(linear(x), x @ linear.weight.T)
+    torch.testing.assert_close(linear(x), x @ linear.weight.T, rtol=1e-4, atol=1e-6)
+
+
+def test_prompts_lose_no_more_by_bf16_than_what_they_are_stored_in() -> None:
+    torch.manual_seed(0)
+    linear, x = Int8Linear(torch.randn(50, 256)), torch.randn(30, 256).bfloat16()
+    want = x.double() @ linear.weight.double().T
+    torch.testing.assert_close(linear(x).double(), want, rtol=2**-7, atol=1e-3)  # sums are about 16
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_the_head_alone_gives_the_models_logits(rows: int) -> None:
+    model = quantize_int8(make("plain"))
+    x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).bfloat16().float()  # what the kernels read
+    torch.testing.assert_close(CPUDecoder(model).logits(x), model.logits(x), rtol=0, atol=1e-4)
 
 
 def test_quantizing_halves_the_matrices_and_keeps_the_loss_close() -> None:

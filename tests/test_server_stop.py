@@ -13,9 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import uvicorn
 
 from nanochat.checkpoint import host_copy, write
 from nanochat.environment import base_dir
+from nanochat.server.app import Settings, create_app
+from nanochat.server.pool import Worker
+from nanochat.server.stopping import StoppableServer
 from tests.tiny_engine import TOKENIZER, tiny_gpt
 from tests.tiny_server import RecordingEngine, client_of, running
 
@@ -87,6 +91,16 @@ def test_what_is_not_finished_in_time_is_cancelled():
         thread.join(10)
         assert answers[0].status_code == 503
         until(lambda: not engine_threads())
+
+
+def test_a_signal_while_the_server_starts_ends_it(monkeypatch):
+    app = create_app([Worker(0, RecordingEngine())], Settings())  # type: ignore[list-item]
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none")
+    server = StoppableServer(config, app.state.pool, "finish", 5)
+    load = config.load
+    monkeypatch.setattr(config, "load", lambda: (load(), signal.raise_signal(signal.SIGTERM)))
+    server.run()
+    assert server.told and not engine_threads()
 
 
 def test_the_command_serves_a_checkpoint_and_ends_in_order():

@@ -37,9 +37,9 @@ class StoppableServer(uvicorn.Server):
         self.closing: asyncio.Task[None] | None = None
         self.told = False
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self.loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()  # before signals are listened to
+        await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Of the signals that uvicorn listens to."""
@@ -54,5 +54,7 @@ class StoppableServer(uvicorn.Server):
         self.closing = asyncio.ensure_future(self._close())
 
     async def _close(self) -> None:
-        await self.pool.close(self.how, self.seconds)
-        self.should_exit = True
+        try:
+            await self.pool.close(self.how, self.seconds)
+        finally:  # whatever happens there, or nothing would ever end it
+            self.should_exit = True
