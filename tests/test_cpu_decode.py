@@ -71,7 +71,8 @@ def test_an_8_bit_weight_is_off_by_half_a_step_at_most() -> None:
     assert ((linear.weight - weight).abs() <= step / 2 * 1.001).all()
     assert linear.integers.dtype == torch.int8
     x = torch.randn(3, 64)
-    torch.testing.assert_close(linear(x), x @ linear.weight.T, rtol=1e-4, atol=1e-6)
+    want = x @ linear.weight.T
+    torch.testing.assert_close(linear(x) / linear.scales, want / linear.scales, rtol=0, atol=1e-2)  # of about 600
 
 
 def test_prompts_lose_no_more_by_bf16_than_what_they_are_stored_in() -> None:

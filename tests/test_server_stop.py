@@ -94,7 +94,7 @@ def test_what_is_not_finished_in_time_is_cancelled():
 
 
 def test_a_signal_while_the_server_starts_ends_it(monkeypatch):
-    app = create_app([Worker(0, RecordingEngine())], Settings())  # type: ignore[list-item]
+    app = create_app([Worker(0, RecordingEngine())], Settings())
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none")
     server = StoppableServer(config, app.state.pool, "finish", 5)
     load = config.load
