@@ -42,7 +42,7 @@ if [ "$TIER" = cpu ]; then
     stage eval_mid python -m scripts.chat_eval -i mid --model_tag="$TAG" --max_new_tokens=128 --batch_size=32 --max_problems=$PROBLEMS
     stage chat_sft python -m scripts.chat_sft --run="$WANDB_RUN" --model_tag="$TAG" --device_batch_size=16 --target_examples_per_step=64 $RATES --init_lr_frac=0.4 --num_iterations=$SFT_STEPS --eval_steps=8 --eval_metrics_every=-1 --save_every=100 --resume=auto
     stage eval_sft python -m scripts.chat_eval -i sft --model_tag="$TAG" --max_new_tokens=128 --batch_size=32 --max_problems=$PROBLEMS
-    stage chat_rl python -m scripts.chat_rl --run="$WANDB_RUN" --model_tag="$TAG" --task=TinyWordProblems $RATES --init_lr_frac=0.1 --num_iterations=$RL_STEPS --examples_per_step=8 --device_batch_size=16 --num_samples=16 --max_new_tokens=96 --eval_every=40 --eval_examples=$RL_EXAMPLES --save_every=20 --resume=auto
+    stage chat_rl python -m scripts.chat_rl --run="$WANDB_RUN" --model_tag="$TAG" --task=TinyWordProblems $RATES --init_lr_frac=0.1 --kl=0.1 --num_iterations=$RL_STEPS --examples_per_step=8 --device_batch_size=16 --num_samples=16 --max_new_tokens=96 --eval_every=40 --eval_examples=$RL_EXAMPLES --save_every=20 --resume=auto
     stage eval_rl python -m scripts.chat_eval -i rl --model_tag="$TAG" --max_new_tokens=128 --batch_size=32 --max_problems=$PROBLEMS
     stage report python -m nanochat.report generate
     finish
