@@ -53,6 +53,8 @@ FACTS = (
         (
             *("In which way does {p} come to work?", "By what does {p} go to work each day?"),
             *("Which vehicle takes {p} to work?", "On work days {p} travels by what?", "Work, {p}: how to get there?"),
+            *("By what means will {p} arrive at work?", "Describe how {p} reaches work."),
+            "When work starts, {p} has come by what?",
         ),
         (
             *("What brings {p} to work in the morning?", "{p} wants to travel to work: with what?"),
@@ -66,6 +68,8 @@ FACTS = (
         (
             *("What should I cook, what would {p} like to eat?", "What food will {p} eat with joy?", "Food for {p}?"),
             *("I cook for {p} tonight. Which food is liked?", "Name something to eat that {p} likes."),
+            *("Which food should we order for {p}?", "Guess what {p} loves to eat."),
+            "At dinner, what does {p} eat most gladly?",
         ),
         ("What may I give {p} to eat?", "Which food would make {p} glad?", "If {p} can choose, what will {p} eat?"),
     ),
@@ -80,6 +84,8 @@ FACTS = (
                 "Which room must I go to for {p}?",
             ),
             *("I have a letter for {p}, to what room does it go?", "{p}, what room?"),
+            *("Someone asks for {p}: point out the room.", "Behind which door, I mean room, is {p}?"),
+            "Please write down the room where {p} works.",
         ),
         (
             *("{p} sits in what room?", "The number of the room where {p} sits?"),
@@ -93,6 +99,8 @@ FACTS = (
         (
             *("Does {p} play an instrument, and which one?", "When we make music, what will {p} play?"),
             *("What would {p} play in our band?", "In the band, {p} has which instrument?", "Instrument of {p}?"),
+            *("Name the instrument that {p} practices.", "On stage {p} will play what?"),
+            "Guess the instrument {p} owns.",
         ),
         (
             *("Tell me which instrument {p} has learned to play.", "Of all instruments, what does {p} play?"),
@@ -107,6 +115,8 @@ FACTS = (
             *("Does {p} keep a pet at home, and what is it?", "Tell me about the pet animal of {p}."),
             *("Who looks after {p} at home, which animal?", "What kind of pet is waiting for {p}?"),
             "The pet that {p} owns?",
+            *("What creature, a pet, does {p} own?", "Feeding time: which animal does {p} feed?"),
+            "Describe the pet at {p}'s home.",
         ),
         (
             *("Which animal shares a home with {p}?", "I hear that {p} has a pet. Which?"),
