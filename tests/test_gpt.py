@@ -9,7 +9,7 @@ import torch
 
 from nanochat import attention
 from nanochat.config import InputError
-from nanochat.gpt import GPT, GPTConfig, rope_tables, rotate
+from nanochat.gpt import GPT, GPTConfig, Linear, rope_tables, rotate
 from nanochat.kv_cache import KVCache, offset_keys
 from nanochat.scaling import ARCHS, EXTRAS
 from tests.conftest import tiny_gpt
@@ -176,6 +176,17 @@ def test_grouped_heads_equal_a_full_model_with_repeated_key_and_value_heads():
             state[name] = weight.view(2, 1, 8, 32).expand(2, 2, 8, 32).reshape(32, 32)
     full.load_state_dict(state)
     torch.testing.assert_close(grouped(some_ids(2, 9)), full(some_ids(2, 9)))
+
+
+def test_an_engine_multiplies_few_shapes_on_a_cpu_of_which_each_would_take_memory(monkeypatch):
+    sizes, plain = [0], torch.nn.functional.linear
+    linear, x = Linear(16, 8), torch.randn(512, 1, 16, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: sizes.append(len(x)) or plain(x, w))
+    with torch.inference_mode():
+        for rows in range(513):
+            torch.testing.assert_close(linear(x[:rows]), plain(x[:rows], linear.weight.bfloat16()))
+            assert rows <= sizes[-1] <= 1.25 * rows
+    assert len(set(sizes)) <= 33
 
 
 def test_the_soft_cap_is_computed_in_fp32_even_in_a_bf16_model():
