@@ -46,6 +46,7 @@ from nanochat.tokenizer import Tokenizer
 
 WARMUP = 0.1  # share of the seconds that is not counted: caches grow, clients come out of step
 ALONE = 0.15  # share of the seconds that the engine alone gets, twice
+FLAT = 0.02  # growth of the server's memory in the counted time that still counts as none
 END_SECONDS = 60.0  # for the server to end in
 WORDS = "the cat sat on a mat and looked at seven planets while rain fell over paris in early spring".split()
 
@@ -174,10 +175,8 @@ async def stream(http: httpx.AsyncClient, question: Question, tally: Tally) -> N
         async for piece in response.aiter_raw():
             *events, rest = (rest + piece).split(b"\n\n")
             chunks += len(events)
-            if not first:
-                first = time.perf_counter()
-            if events and events[-1] != b"data: [DONE]":
-                last = time.perf_counter()
+            last = time.perf_counter()
+            first = first or last
     if rest or events[-1] != b"data: [DONE]":
         raise RuntimeError("the answer broke off")
     made = json.loads(events[-2][6:])["usage"]["completion_tokens"]
@@ -324,6 +323,8 @@ def measure(cfg: ServeConfig) -> dict[str, Any]:
     ratio = result["tokens_per_second"] / statistics.mean(x["tokens_per_second"] for x in by_itself)
     per_cpu = statistics.mean(x["tokens_per_second"] / x["cpus"] for x in by_itself)
     result["ratio_per_cpu"] = result["tokens_per_second"] / result["cpus"] / per_cpu
+    start, _, end = result["rss_mib"]
+    result["memory_is_flat"] = end <= (1 + FLAT) * start
     rows = [
         ("tokens/s", f"{result['tokens_per_second']:,.0f}"),
         ("of the engine alone, before and after", " and ".join(f"{x['tokens_per_second']:,.0f}" for x in by_itself)),
@@ -336,6 +337,7 @@ def measure(cfg: ServeConfig) -> dict[str, Any]:
         ("answers; lines cut", f"{result['answers']}; {result['cuts']}"),
         ("errors; leaked slots", f"{result['errors']}; {result['leaked_slots']}"),
         ("server's memory, MiB, start, middle, end", ", ".join(map(str, result["rss_mib"]))),
+        (f"memory is flat (grows by at most {FLAT:.0%})", "yes" if result["memory_is_flat"] else "no"),
     ]
     plan = common.Plan(steps=1, threads=cfg.threads)
     print(f"{common.machine(plan)}; {cfg.clients} clients, {cfg.seconds:g} s")
