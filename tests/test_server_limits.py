@@ -306,6 +306,20 @@ def test_a_reader_that_does_not_read_holds_nobody_up():
         until(lambda: stats(client)["running"] == 0)  # its slots are free although nothing was read
 
 
+def test_a_reader_that_does_not_read_is_given_up(monkeypatch, caplog):
+    monkeypatch.setattr("nanochat.server.streaming.SEND_SECONDS", 0.2)
+    monkeypatch.setattr("nanochat.server.engine_loop.PAUSE_SECONDS", 0.0)
+    engine = RecordingEngine(sequence_len=1_000_000, slots=64)
+    engine.gate.set()
+    body = json.dumps({**HELLO, "stream": True, "n": 64, "max_tokens": 100_000}).encode()
+    with caplog.at_level("INFO", "nanochat.server"), serving(engine) as client, connect(client) as sleeper:
+        sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sleeper.sendall(head(len(body)) + body)
+        until(lambda: "the client does not read" in caplog.text)
+        until(lambda: stats(client)["open_requests"] == 0)
+        assert ask(client, max_tokens=2).status_code == 200
+
+
 def test_metrics_count_requests_and_tokens(client):
     def figures() -> dict[tuple, float]:
         families = text_string_to_metric_families(client.get("/metrics").text)

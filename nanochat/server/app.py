@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -33,10 +33,14 @@ from nanochat.server.streaming import AnswerResponse
 from nanochat.server.text import Choice
 from nanochat.server.wire import ChatWire, CompletionWire, PlainWire
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 TEMPERATURE = (0.0, 2.0)
 TOP_K = (0, 200)  # of the reference's endpoint; 0 = off
 MAX_TOKENS = (1, 4096)
 MAX_ROWS = 256  # answers of one request: its prompts times n
+SMALL_BODY = 4096  # bytes whose text is encoded sooner than another thread would begin to
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,9 @@ def create_app(workers: Sequence[Worker], settings: Settings | None = None) -> F
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     app.state.pool = server.pool
     add_handlers(app)
-    _add_pages(app, server)
+    _add_v1(app, server)  # first: routes are tried in their order
     _add_figures(app, server)
-    _add_v1(app, server)
+    _add_pages(app, server)
 
     @app.post("/chat/completions", responses=openapi.PLAIN)
     async def plain_chat(body: schemas.PlainRequest, request: Request) -> Response:
@@ -185,8 +189,14 @@ class Server:
         self.check_model(body.model)
         sampling = self._sampling(body, body.wanted_logprobs)
         max_tokens = body.max_completion_tokens or body.max_tokens or self.settings.max_tokens
-        ids, dropped = await run_in_threadpool(
-            chat_ids, self.tokenizer, turns_of(body.messages), self.context, max_tokens, self.settings.drops_turns
+        ids, dropped = await self._prepared(
+            request,
+            chat_ids,
+            self.tokenizer,
+            turns_of(body.messages),
+            self.context,
+            max_tokens,
+            self.settings.drops_turns,
         )
         wire = ChatWire(self.settings.model, bool(body.logprobs), body.include_usage, dropped)
         generation = self._generation(request, [ids], max_tokens, sampling, body.n or 1)
@@ -195,7 +205,7 @@ class Server:
     async def complete(self, body: schemas.CompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
         sampling = self._sampling(body, body.logprobs)
-        prompts = await run_in_threadpool(completion_ids, self.tokenizer, body, self.context)
+        prompts = await self._prepared(request, completion_ids, self.tokenizer, body, self.context)
         wire = CompletionWire(self.settings.model, body.logprobs is not None, body.include_usage)
         max_tokens = body.max_tokens or self.settings.max_tokens
         generation = self._generation(request, prompts, max_tokens, sampling, body.n or 1)
@@ -211,12 +221,18 @@ class Server:
             turns = plain_turns(body.messages)
         except InputError as error:
             raise ApiError(400, str(error)) from None
-        ids, dropped = await run_in_threadpool(
-            chat_ids, self.tokenizer, turns, self.context, max_tokens, settings.drops_turns
+        ids, dropped = await self._prepared(
+            request, chat_ids, self.tokenizer, turns, self.context, max_tokens, settings.drops_turns
         )
         sampling = Sampling(temperature, top_k, seed=random.randrange(2**31))
         generation = self._generation(request, [ids], max_tokens, sampling, 1)
         return self._answer(generation, [], PlainWire(generation), True, dropped, shown=AS_TOKENS)
+
+    async def _prepared(self, request: Request, prepare: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What becomes of a request's text; of much text in another thread, so that the event loop stays free."""
+        if len(await request.body()) <= SMALL_BODY:
+            return prepare(*args, **kwargs)
+        return await run_in_threadpool(prepare, *args, **kwargs)
 
     def _sampling(self, body: schemas.GenerationRequest, logprobs: int | None) -> Sampling:
         """The request's settings, the server's where it has none."""

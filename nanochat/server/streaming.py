@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.responses import Response
@@ -51,17 +51,22 @@ class AnswerResponse(Response):
         self.choices = choices
         self.is_stream, self.extra_headers, self.log_text = stream, dict(headers), log_text
         self.client_left = self.started = False
+        self.sending_since: float | None = None  # a piece that the client has no room for yet
         self.first_token: float | None = None
         self.ids: list[list[int]] = [[] for _ in choices]  # only if they are to be logged
         self.outcome = "cut off"  # by the server's end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.ensure_future(self._watch(receive))
+        task = asyncio.current_task()
+        assert task is not None
+        self._check_reader(task)
         try:
             await self._answer(scope, receive, send)
         except ClientLeft:
             self.outcome = "disconnected"
         finally:
+            self.timer.cancel()
             watcher.cancel()
             self.pool.release(self.generation)
             self._record()
@@ -87,18 +92,22 @@ class AnswerResponse(Response):
     # ---- two ways to send ---------------------------------------------------------------------------------------
 
     async def _stream(self, send: Send) -> None:
-        async for written in self._written():
+        more = True
+        while more:
+            written = await self._written()
             chunks = [] if self.started else [self.wire.begin(len(self.choices))]
             for choice in written:
                 chunks.append(self.wire.pieces(choice))
                 if choice.reason:
                     chunks.append(self.wire.finish(choice))
-            await self._send(send, "".join(chunks))
-        await self._send(send, self.wire.close(self._usage()), more=False)
+            more = not self._complete
+            if not more:
+                chunks.append(self.wire.close(self._usage()))
+            await self._send(send, "".join(chunks), more)
 
     async def _whole(self, send: Send) -> None:
-        async for _ in self._written():
-            pass
+        while not self._complete:
+            await self._written()
         body = dumps(self.wire.whole(self.choices, self._usage())).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self._start(send, headers)
@@ -111,9 +120,7 @@ class AnswerResponse(Response):
             await self._start(send, [*headers, (b"x-accel-buffering", b"no")])
         if text or not more:
             message: Message = {"type": "http.response.body", "body": text.encode(), "more_body": more}
-            task = asyncio.current_task()
-            assert task is not None
-            timer = asyncio.get_running_loop().call_later(SEND_SECONDS, self._too_slow, task)
+            self.sending_since = time.perf_counter()
             try:
                 await send(message)
             except asyncio.CancelledError:
@@ -121,12 +128,17 @@ class AnswerResponse(Response):
                     raise ClientLeft from None
                 raise
             finally:
-                timer.cancel()
+                self.sending_since = None
 
-    def _too_slow(self, task: asyncio.Task[None]) -> None:
-        log.info("%s: the client does not read; given up", self.wire.id)
-        self.client_left = True
-        task.cancel()
+    def _check_reader(self, task: asyncio.Task[Any]) -> None:
+        """Gives up a client that leaves a piece unread. One timer an answer: one a piece would cost a tenth of it."""
+        waited = 0.0 if self.sending_since is None else time.perf_counter() - self.sending_since
+        if waited < SEND_SECONDS:
+            self.timer = asyncio.get_running_loop().call_later(SEND_SECONDS - waited, self._check_reader, task)
+        else:
+            log.info("%s: the client does not read; given up", self.wire.id)
+            self.client_left = True
+            task.cancel()
 
     async def _start(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self.started = True
@@ -135,14 +147,18 @@ class AnswerResponse(Response):
 
     # ---- what is written ----------------------------------------------------------------------------------------
 
-    async def _written(self) -> AsyncIterator[list[Choice]]:
-        """The choices that have something new, again and again until all have ended."""
-        while not all(choice.reason for choice in self.choices):
+    @property
+    def _complete(self) -> bool:
+        return all(choice.reason for choice in self.choices)
+
+    async def _written(self) -> list[Choice]:
+        """Waits for choices that have something new."""
+        while True:
             await self.generation.changed.wait()
             if self.client_left:
                 raise ClientLeft
             if written := self._read():
-                yield written
+                return written
 
     def _read(self) -> list[Choice]:
         written = {}
