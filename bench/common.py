@@ -31,8 +31,7 @@ from nanochat import checkpoint, fp8, guards, runtime, scaling
 from nanochat.config import InputError
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import MuonAdamW, build_optimizer
-from nanochat.trainer import accumulate, compiled, muon_dtype
+from nanochat.trainer import accumulate, compiled, make_optimizer
 
 Override = float | str | tuple[Any, ...]
 LINE_SECONDS = 30.0  # between two lines of progress inside a run
@@ -51,11 +50,6 @@ class Setting:
     arch: str = "plain"
     seed: int = 0
     overrides: dict[str, Override] = field(default_factory=dict)
-
-
-def make_optimizer(model: GPT, recipe: scaling.Settings, rt: runtime.Runtime) -> MuonAdamW:
-    rates = {name: getattr(recipe, name) for name in (*scaling.RATES, "weight_decay")}
-    return build_optimizer(model, **rates, muon_dtype=muon_dtype(rt))
 
 
 def flops_per_token(config: GPTConfig) -> float:

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nanochat import guards
+from nanochat import guards, scaling
 from nanochat.config import InputError
 from nanochat.environment import print0
 from nanochat.gpt import GPT
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.ranks import RankError
 from nanochat.resume import SMOOTHING, LoopState
 from nanochat.runtime import Runtime, all_reduce, memory_advice, peak_flops, synchronize
@@ -344,6 +344,13 @@ class Trainer:
         return 100 * self.flops_per_token * tokens / seconds / (self.peak * self.rt.world_size)
 
 
-def muon_dtype(rt: Runtime) -> torch.dtype:
-    """bf16 on a GPU and wherever we compute in it; fp32 elsewhere."""
-    return torch.bfloat16 if rt.device.type == "cuda" else rt.dtype
+def make_optimizer(model: GPT, settings: Any, rt: Runtime, compile: bool = False) -> MuonAdamW:
+    """The optimizer that a stage's flags ask for. Muon works in bf16 on a GPU, elsewhere in the compute dtype.
+
+    Args:
+        settings: anything with the rates of scaling.RATES and weight_decay; init_lr_frac is 1 where it has none.
+    """
+    names = (*scaling.RATES, "weight_decay", "init_lr_frac")
+    rates = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+    muon_dtype = torch.bfloat16 if rt.device.type == "cuda" else rt.dtype
+    return build_optimizer(model, **rates, muon_dtype=muon_dtype, compile=compile)

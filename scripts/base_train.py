@@ -29,7 +29,7 @@ from nanochat.evals.samples import sample_texts
 from nanochat.fit import find_rows
 from nanochat.fp8 import convert_to_fp8
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import MuonAdamW, build_optimizer
+from nanochat.optim import MuonAdamW
 from nanochat.plan import h100s, plan_lines, this_cpu
 from nanochat.ranks import is_same_everywhere, together
 from nanochat.report import get_report
@@ -37,7 +37,7 @@ from nanochat.resume import LoopState
 from nanochat.saver import Saver
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.tracking import DUMMY, Tracker
-from nanochat.trainer import Trainer, compiles, muon_dtype
+from nanochat.trainer import Trainer, compiles, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -220,17 +220,9 @@ def model_and_optimizer(cfg: Decided, config: GPTConfig, rt: runtime.Runtime) ->
     model.recompute = cfg.recompute
     if cfg.fp8:
         print0(f"fp8: the matrix products of {convert_to_fp8(model)} layers, bf16 for the rest")
-    optimizer = build_optimizer(
-        model,
-        unembedding_lr=cfg.unembedding_lr,
-        embedding_lr=cfg.embedding_lr,
-        matrix_lr=cfg.matrix_lr,
-        weight_decay=cfg.weight_decay,
-        muon_dtype=muon_dtype(rt),
-        # on a CPU it is eager: what takes its time there are library calls
-        compile=rt.device.type == "cuda" and compiles(rt, cfg.compile),
-    )
-    return model, optimizer
+    # on a CPU it is eager: what takes its time there are library calls
+    compile = rt.device.type == "cuda" and compiles(rt, cfg.compile)
+    return model, make_optimizer(model, cfg, rt, compile)
 
 
 def open_text(cfg: BaseTrainConfig, rt: runtime.Runtime) -> Source:

@@ -22,7 +22,6 @@ from nanochat.checkpoint import Checkpoint
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.environment import base_dir
 from nanochat.gpt import GPT
-from nanochat.optim import build_optimizer
 from nanochat.policy_gradient import BASELINES
 from nanochat.report import ROLLOUTS, get_report
 from nanochat.resume import LoopState
@@ -30,7 +29,7 @@ from nanochat.rl import RLSettings, RLTrainer
 from nanochat.rollouts import Sampling
 from nanochat.saver import Saver
 from nanochat.tracking import DUMMY, Tracker
-from nanochat.trainer import muon_dtype, train_loop
+from nanochat.trainer import make_optimizer, train_loop
 from tasks.common import fingerprint
 from tasks.own_reward import choose_tasks
 
@@ -141,15 +140,7 @@ def build(cfg: ChatRLConfig, rt: runtime.Runtime, saved: Checkpoint | None) -> t
     digest = source["files"]["model.safetensors"]["sha256"]
     start = start_model(model, digest, saved) if cfg.kl else None
     train_task, val_task, reward_digest = choose_tasks(cfg.task or DEFAULT_TASK, cfg.conversations, cfg.reward)
-    optimizer = build_optimizer(
-        model,
-        unembedding_lr=cfg.unembedding_lr,
-        embedding_lr=cfg.embedding_lr,
-        matrix_lr=cfg.matrix_lr,
-        weight_decay=cfg.weight_decay,
-        init_lr_frac=cfg.init_lr_frac,
-        muon_dtype=muon_dtype(rt),
-    )
+    optimizer = make_optimizer(model, cfg, rt)
     meta: dict[str, Any] = {
         **resume.stage_facts(
             cfg, model, tokenizer, fingerprint(train_task) + reward_digest, source["user_config"].get("dataset")

@@ -30,14 +30,13 @@ from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.conversations import ConversationSteps, padded
 from nanochat.environment import print0
 from nanochat.evals.chat import evaluate_task
-from nanochat.optim import build_optimizer
 from nanochat.ranks import together
 from nanochat.report import get_report
 from nanochat.resume import LoopState
 from nanochat.runtime import all_reduce
 from nanochat.saver import Saver
 from nanochat.tracking import DUMMY, Tracker
-from nanochat.trainer import Trainer, muon_dtype
+from nanochat.trainer import Trainer, make_optimizer
 from tasks import mixtures
 from tasks.common import Task, fingerprint
 from tasks.registry import eval_task
@@ -168,15 +167,7 @@ def build(
     """source: the manifest of the checkpoint that `model` is from."""
     total = None if cfg.num_iterations else len(train) * cfg.num_epochs
     steps = cfg.num_iterations or -(-len(train) * cfg.num_epochs // cfg.target_examples_per_step)
-    optimizer = build_optimizer(
-        model,
-        unembedding_lr=cfg.unembedding_lr,
-        embedding_lr=cfg.embedding_lr,
-        matrix_lr=cfg.matrix_lr,
-        weight_decay=cfg.weight_decay,
-        init_lr_frac=cfg.init_lr_frac,
-        muon_dtype=muon_dtype(rt),
-    )
+    optimizer = make_optimizer(model, cfg, rt)
     meta = resume.stage_facts(cfg, model, tokenizer, fingerprint(train), source["user_config"].get("dataset"))
     if cfg.warm_start and saved is None:
         start = checkpoint.load(Path(source["path"]), with_optimizer=True).optimizer

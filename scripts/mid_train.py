@@ -23,12 +23,11 @@ from nanochat.data.conversations import PackedConversations
 from nanochat.environment import print0
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.gpt import GPTConfig
-from nanochat.optim import build_optimizer
 from nanochat.report import get_report
 from nanochat.resume import LoopState
 from nanochat.saver import Saver
 from nanochat.tracking import DUMMY, Tracker
-from nanochat.trainer import Trainer, muon_dtype
+from nanochat.trainer import Trainer, make_optimizer
 from tasks import mixtures
 from tasks.common import Task, fingerprint
 
@@ -92,15 +91,7 @@ def build(
 ) -> Trainer:
     """source: the manifest of the checkpoint that `model` is from."""
     accum = scaling.grad_accum_steps(cfg.total_batch_size, cfg.device_batch_size, cfg.max_seq_len, rt.world_size)
-    optimizer = build_optimizer(
-        model,
-        unembedding_lr=cfg.unembedding_lr,
-        embedding_lr=cfg.embedding_lr,
-        matrix_lr=cfg.matrix_lr,
-        weight_decay=cfg.weight_decay,
-        init_lr_frac=cfg.init_lr_frac,
-        muon_dtype=muon_dtype(rt),
-    )
+    optimizer = make_optimizer(model, cfg, rt)
     meta = resume.stage_facts(cfg, model, tokenizer, fingerprint(train), source["user_config"].get("dataset"))
     state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
     directory = checkpoint.tag_directory("mid", source["tag"])

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from nanochat.config import InputError
 from nanochat.gpt import GPT
 from nanochat.resume import LoopState
 from nanochat.runtime import Runtime
-from nanochat.trainer import accumulate, muon_dtype, train_loop
+from nanochat.trainer import accumulate, make_optimizer, train_loop
 from tests.conftest import tiny_gpt
 from tests.tiny_trainer import ROWS, T, assert_equal_to_the_bit, make_trainer, row, weights
 
@@ -184,8 +185,16 @@ def test_the_console_line_has_its_fields_in_order(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_muon_works_in_the_compute_dtype_on_a_cpu(dtype):
-    assert muon_dtype(Runtime(torch.device("cpu"), dtype)) == dtype
+def test_the_optimizer_has_the_rates_of_the_flags_and_muon_works_in_the_compute_dtype_on_a_cpu(dtype):
+    flags = SimpleNamespace(unembedding_lr=0.1, embedding_lr=0.2, matrix_lr=0.3, weight_decay=0.4)
+    rt = Runtime(torch.device("cpu"), dtype)
+    whole, tenth = (
+        make_optimizer(tiny_gpt(), f, rt) for f in (flags, SimpleNamespace(**vars(flags), init_lr_frac=0.1))
+    )
+    assert whole.muon_dtype == dtype
+    assert {g.lr for g in whole.groups if g.kind == "muon"} == {0.3}
+    assert {g.weight_decay for g in whole.groups} == {0.4, 0.0}
+    assert [g.lr for g in tenth.groups] == pytest.approx([g.lr / 10 for g in whole.groups])
 
 
 # Two ranks ---------------------------------------------------------------------------------------
