@@ -270,7 +270,13 @@ class Report:
         ours = (self.report_dir / "run.json").exists() or not header_path.exists()
         text = header + "".join(section + "\n" for section in sections.values())
         text += format_summary(header, sections, ours)
-        plots = self._draw_plots(sections)
+        plots: list[Path] = []
+        try:
+            plots = self._draw_plots(sections)
+        except ImportError as error:
+            missing_plots = f"Plots are missing: {error}; install matplotlib and generate the report again"
+            print(f"warning: {missing_plots}")
+            text += f"\n\n{missing_plots}\n"
         path = self.report_dir / "report.md"
         write_atomically(path, text + format_plots(plots, "plots"))
         if self.copy_to is not None and self.copy_to.resolve() != path.resolve():
@@ -281,6 +287,10 @@ class Report:
         return path
 
     def _draw_plots(self, sections: Mapping[str, str]) -> list[Path]:
+        """
+        Raises:
+            ImportError: matplotlib is not installed, or does not work here.
+        """
         if not any((self.report_dir / "curves").glob("*.jsonl")):
             return []
         from nanochat.plots import draw_all  # matplotlib is slow to import

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -500,6 +501,20 @@ def test_plots_are_linked_from_both_reports(base):
         assert [Path(link).name for link in links] == ["base_loss.png", "base_lr.png", "scores.png"]
         for link in links:
             assert (markdown.parent / link).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_is_written_where_there_is_no_matplotlib_and_says_that_plots_are_missing(base, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import then fails
+    monkeypatch.delitem(sys.modules, "nanochat.plots", raising=False)
+    curves.log_curve("base", 1, loss=9.0)
+    get_report().log("Chat SFT", [{"Training rows": 3}])
+    report.main(["generate"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "Plots are missing" in line]
+    assert len(said) == 1 and "install matplotlib" in said[0]
+    for path in (Path("report.md"), base / "report" / "report.md"):
+        text = path.read_text()
+        assert "- Training rows: 3" in text and said[0].removeprefix("warning: ") in text.splitlines()
+    assert not (base / "report" / "plots").exists()
 
 
 def test_all_that_reinforcement_learning_logs_is_drawn_with_units_and_legends(base, monkeypatch):
