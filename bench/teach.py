@@ -201,7 +201,7 @@ def teach(cfg: TeachConfig, tag: str, seed: int) -> float:
 
 
 def run(cfg: TeachConfig) -> dict[str, Any]:
-    tag = checkpoint.find("sft", cfg.model_tag).parent.name.removesuffix("-own")
+    tag = checkpoint.find("sft", cfg.model_tag).parent.name
     own: dict[str, Task] = {task.__name__: task(cfg.split, size=cfg.questions) for task in TASKS}
     before = scores(tag, own)
     rows = [["before", "", "", "", *(f"{v:.1f}" for v in before.values()), f"{mean(before):.1f}"]]

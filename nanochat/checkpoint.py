@@ -245,9 +245,16 @@ def step_path(directory: Path, step: int) -> Path:
     return path if path.exists() else path.with_name(path.name + OLD)
 
 
+def _depth(tag: str) -> int:
+    match = re.match(r"d(\d+)", tag)
+    return int(match[1]) if match else -1
+
+
 def find(source: str, tag: str | None = None, step: int | None = None) -> Path:
-    """The checkpoint directory of a stage: the given tag, else the largest d<depth>, else the newest; the given
-    step, else the last.
+    """A stage's checkpoint directory: of the given tag, else of the deepest d<depth>; the given step, else the last.
+
+    Of tags of one depth the plain one comes before those with something behind it (d4 before d4-own: what you tried
+    beside a model does not take its place), and the newest of these. Without any d<depth> it is the newest tag.
 
     Raises:
         InputError: there is none; the message lists what is there.
@@ -258,8 +265,7 @@ def find(source: str, tag: str | None = None, step: int | None = None) -> Path:
     if not tags:
         raise InputError(f"no {source} checkpoint in {root}; train one: {train}")
     if tag is None:
-        by_depth = [(int(m[1]), t) for t in tags if (m := re.match(r"d(\d+)", t))]
-        tag = max(by_depth)[1] if by_depth else max(tags, key=lambda t: (root / t).stat().st_mtime)
+        tag = max(tags, key=lambda t: (_depth(t), t == f"d{_depth(t)}", (root / t).stat().st_mtime))
     if tag not in tags:
         raise InputError(f"no {source} checkpoint with tag {tag!r} in {root}; there are: {', '.join(tags)}")
     have = steps(root / tag)

@@ -30,7 +30,7 @@ from nanochat.terminal import Chat, Settings
 @dataclass(frozen=True)
 class ChatCliConfig:
     source: str = flag("sft", "stage whose checkpoint to load", choices=("mid", "sft", "rl"), short="-i")
-    model_tag: str | None = flag(None, "checkpoint tag; None = the deepest", short="-g")
+    model_tag: str | None = flag(None, "checkpoint tag; None = the deepest, d4 before d4-own", short="-g")
     step: int | None = flag(None, "checkpoint step; None = the last", short="-s")
     prompt: str | None = flag(None, "answer this and exit; - = all of the standard input", off="", short="-p")
     temperature: float = flag(0.6, "0 = always the most likely token", short="-t")

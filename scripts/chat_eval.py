@@ -47,7 +47,7 @@ class ChatEvalConfig:
     num_samples: int = flag(1, "answers to a generative problem; one right answer solves it", short="-n")
     top_k: int | None = flag(50, "sample among the k likeliest tokens; 0 = all", off=0, short="-k")
     batch_size: int = flag(8, "problems at once, on each rank", short="-b")
-    model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", short="-g")
+    model_tag: str | None = flag(None, "checkpoint tag; None = the deepest, d4 before d4-own", off="None", short="-g")
     step: int | None = flag(None, "checkpoint step; None = the last", off="None", short="-s")
     max_problems: int | None = flag(None, "only the first problems of each task", off="None", short="-x")
     device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="")

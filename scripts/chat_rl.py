@@ -64,7 +64,7 @@ class ChatRLConfig:
     updates_per_batch: int = flag(1, "optimizer steps on each batch of rollouts", new=True)
     clip: float = flag(0.2, "how far a token's probability may move in them, as a share", new=True)
     num_iterations: int | None = flag(None, "optimizer steps; -1 = num_epochs", off=-1, new=True)
-    model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
+    model_tag: str | None = flag(None, "checkpoint tag; None = the deepest, d4 before d4-own", off="None", new=True)
     model_step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
     device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="", new=True)
     keep_last: int | None = flag(2, "how many checkpoints to keep; -1 = all", off=-1, new=True)

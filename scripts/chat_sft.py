@@ -78,7 +78,7 @@ class ChatSFTConfig:
     replay: float = flag(4.0, "after --source=sft, other conversations for each showing of one of yours", new=True)
     reword: bool = flag(True, "after --source=sft, ask in other words each time (English)", new=True)
     warm_start: bool = flag(False, "begin with the optimizer's state that the checkpoint has, not anew", new=True)
-    model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None", new=True)
+    model_tag: str | None = flag(None, "checkpoint tag; None = the deepest, d4 before d4-own", off="None", new=True)
     step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
     save_tag: str | None = flag(
         None, "tag to write; None = the one read, with -own behind it after --source=sft", off="None", new=True
@@ -135,8 +135,6 @@ def tags(cfg: ChatSFTConfig) -> tuple[str, str]:
     tag = checkpoint.find(cfg.source, cfg.model_tag, cfg.step).parent.name
     if cfg.source != "sft":
         return tag, cfg.save_tag or tag
-    if cfg.model_tag is None:  # the model that was taught before is not what the same command starts from
-        tag = tag.removesuffix(TAUGHT)
     save_tag = cfg.save_tag or tag.removesuffix(TAUGHT) + TAUGHT
     if save_tag == tag:
         raise InputError(f"--model_tag={tag} would be written over; name what comes out, such as --save_tag={tag}-2")
@@ -274,6 +272,8 @@ def run(cfg: ChatSFTConfig) -> LoopState:
         "MFU %": f"{trainer.mfu:.2f}%",
     }
     get_report().log("Chat SFT", [old, outcome, new, extra, state.outcome, state.history.facts()])
+    if save_tag != tag:
+        print0(f"Talk to it: python -m scripts.chat_cli -g {save_tag}")
     trainer.tracker.finish()
     runtime.stop()
     return state

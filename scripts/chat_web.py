@@ -31,7 +31,7 @@ class ChatWebConfig:
     temperature: float = flag(0.8, "where a request does not say", short="-t")
     top_k: int = flag(50, "where a request does not say; 0 = off", short="-k")
     max_tokens: int = flag(512, "tokens of an answer, where a request does not say", short="-m")
-    model_tag: str | None = flag(None, "checkpoint tag; None = the deepest", short="-g")
+    model_tag: str | None = flag(None, "checkpoint tag; None = the deepest, d4 before d4-own", short="-g")
     step: int | None = flag(None, "checkpoint step; None = the last", short="-s")
     port: int = flag(8000, "port to listen on", short="-p")
     dtype: str | None = flag(None, "compute dtype; None = the device's own", choices=tuple(runtime.DTYPES), short="-d")

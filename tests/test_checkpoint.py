@@ -205,6 +205,16 @@ def test_a_tag_counts_by_the_depth_that_it_starts_with(tmp_path):
     assert checkpoint.find("base").parent.name == "d12_experiment"
 
 
+def test_of_one_depth_the_plain_tag_comes_first_and_then_the_newest():
+    root = environment.base_dir() / "chatsft_checkpoints"
+    touch(root / "d4" / "step_000001", 1_000)
+    for tag, mtime in (("d4-own", 3_000), ("d4-dpo", 4_000), ("d4-zebra", 2_000), ("d2", 5_000)):
+        touch(root / tag / "step_000001", mtime)
+    assert checkpoint.find("sft").parent.name == "d4"
+    (root / "d4").rename(root / "x4")
+    assert checkpoint.find("sft").parent.name == "d4-dpo"
+
+
 def test_without_depths_the_newest_tag_wins(tmp_path):
     root = environment.base_dir() / "mid_checkpoints"
     for tag, mtime in (("zebra", 1_000), ("aqua", 3_000), ("rat", 2_000)):

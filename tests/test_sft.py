@@ -117,10 +117,12 @@ def test_going_on_from_sft_leaves_the_model_writes_another_and_takes_its_setting
     chat_sft.main(command)
     taught = checkpoint.read_manifest(checkpoint.find("sft", "d2-own"))
     assert taught["user_config"]["matrix_lr"] == 0.5 and taught["loader_cursor"] == 20
-    assert "As in the run before: --matrix_lr=0.5, --mixture=none" in capsys.readouterr().out
-    assert checkpoint.find("sft", "d2") == before
+    printed = capsys.readouterr().out
+    assert "As in the run before: --matrix_lr=0.5, --mixture=none" in printed
+    assert "Talk to it: python -m scripts.chat_cli -g d2-own" in printed
+    assert checkpoint.find("sft", "d2") == checkpoint.find("sft") == before
     chat_sft.main([*command, "--matrix_lr=0.1"])  # the same command starts from the same model
-    assert checkpoint.read_manifest(checkpoint.find("sft"))["user_config"]["matrix_lr"] == 0.1
+    assert checkpoint.read_manifest(checkpoint.find("sft", "d2-own"))["user_config"]["matrix_lr"] == 0.1
 
 
 def test_what_is_read_and_what_is_written(base: Path):
@@ -131,7 +133,7 @@ def test_what_is_read_and_what_is_written(base: Path):
     assert names(source="sft") == ("d2", "d2-own") and names(source="sft", save_tag="x") == ("d2", "x")
     (base / "chatsft_checkpoints" / "d2").rename(base / "chatsft_checkpoints" / "d2-own")
     with pytest.raises(InputError, match="d2-own would be written over; name what comes out"):
-        names(source="sft", model_tag="d2-own")
+        names(source="sft")
     assert names(source="sft", model_tag="d2-own", save_tag="y") == ("d2-own", "y")
 
 
