@@ -118,6 +118,11 @@ class PolicyLoss:
         loss = -gain if start is None else self.kl * divergence(logp, start) - gain
         return (counts * loss).sum()
 
+    @staticmethod
+    def count(batch: tuple[Tensor, ...]) -> Tensor:
+        """() sampled tokens of a batch, for the mean."""
+        return batch[2].sum()
+
 
 def divergence(logp: Tensor, start: Tensor) -> Tensor:
     """KL(policy || start) estimated from each sampled token: half the squared log-ratio (Schulman 2020, "k2")."""

@@ -90,6 +90,21 @@ def same_dtype(rt: Runtime, saved: Checkpoint | None) -> Runtime:
     return dataclasses.replace(rt, dtype=DTYPES[saved.meta["compute_dtype"]])
 
 
+def require_start(digest: str, saved: Checkpoint | None) -> None:
+    """Where training compares with the model that it began with.
+
+    Args:
+        digest: the hash of that model's weights, as they are now; a checkpoint has it as "start".
+
+    Raises:
+        InputError: it is another one than the resumed run began with.
+    """
+    if saved is not None and saved.meta.get("start") != digest:
+        raise InputError(
+            f"the start model has changed since {saved.path} was saved; put it back, or start anew with --resume=none"
+        )
+
+
 def restore(
     saved: Checkpoint | None,
     model: GPT,

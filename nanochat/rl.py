@@ -122,9 +122,8 @@ class RLTrainer:
             return None
         if s.updates > 1 or self.start is not None:
             micro = [self._with_logprobs(batch) for batch in micro]
-        tokens = sum(float(batch.counts.sum()) for batch in micro)
         for _ in range(s.updates):
-            loss = accumulate(self.loss, micro, rt.world_size, rt.device, tokens)
+            loss = accumulate(self.loss, micro, rt.world_size, rt.device, PolicyLoss.count)
             # rewards make the loss jump about 0: only what is not finite is skipped
             optimizer_step(self.optimizer, loss, state, grad_clip=None, sigma=None)(self.saver)
         return None if self.start is None else self._mean_divergence(micro)

@@ -36,6 +36,10 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 Batch = tuple[Any, ...]  # (inputs, targets), and whatever else a loss of its own takes
 
 
+def num_targets(batch: Batch) -> Tensor:
+    return (batch[1] != -1).sum()
+
+
 class Loader(Protocol):
     """What the loop trains on: batches of (inputs, targets), or lists of them, one a step, and a JSON-able cursor that
     resumes after the last."""
@@ -44,6 +48,14 @@ class Loader(Protocol):
     def cursor(self) -> Any: ...
 
     def __iter__(self) -> Iterator[Any]: ...
+
+
+class Loss(Protocol):
+    """What takes the place of a model in `accumulate`: the sum over a batch, and () of how many it is."""
+
+    def __call__(self, *batch: Any, **reduction: Any) -> Tensor: ...
+
+    def count(self, batch: Batch) -> Tensor: ...
 
 
 Evaluation = Callable[[LoopState], None]
@@ -128,31 +140,30 @@ def accumulate(
     batches: Iterable[Batch],
     world_size: int = 1,
     device: Any = "cpu",
-    mine: float | None = None,
+    count: Callable[[Batch], Tensor] = num_targets,
 ) -> Tensor:
-    """Gradients of the mean loss over all targets of all micro-batches of all ranks.
+    """Gradients of the mean loss over all targets, or whatever `count` counts, of all micro-batches of all ranks.
 
     Each micro-batch adds its sum of losses over the global number of targets, so micro-batches with few targets
     count for little, and one with none for nothing. The optimizer averages over ranks, hence the factor.
 
     Args:
-        model: called with a batch's parts and reduction="sum": a GPT, or a loss around one (policy gradients).
+        model: called with a batch's parts and reduction="sum": a GPT, or a loss around one (policy gradients, DPO).
         batches: (inputs, targets, ...), both (B, T). Ranks may bring different numbers of them.
-        mine: this rank's targets, where one of a batch stands for several; None = those that are not -1.
+        count: a batch -> (), how many its loss is the sum of.
 
     Returns:
         () mean loss per target over all ranks, in nats, on the device. 0 where no target is counted.
     """
     batches = list(batches)
-    num_targets = torch.tensor(float(mine or 0), device=device)
-    if mine is None:
-        for _, targets, *_ in batches:
-            num_targets += (targets != -1).sum()
-    all_reduce(num_targets)
-    num_targets.clamp_(min=1)
-    total = torch.zeros_like(num_targets)
+    counted = torch.tensor(0.0, device=device)
     for batch in batches:
-        loss = model(*batch, reduction="sum") / num_targets
+        counted += count(batch)
+    all_reduce(counted)
+    counted.clamp_(min=1)
+    total = torch.zeros_like(counted)
+    for batch in batches:
+        loss = model(*batch, reduction="sum") / counted
         (loss * world_size).backward()
         total += loss.detach()
     return all_reduce(total)
@@ -231,10 +242,12 @@ class Trainer:
     guard_sigma: float | None = guards.SIGMA  # None = only what is not finite is skipped
     flops_per_token: int = 0
     compile: bool | None = False
+    loss: Loss | None = None  # None = the model's own
     state: LoopState = field(default_factory=LoopState)
 
     def __post_init__(self) -> None:
-        self.forward = compiled(self.model, self.rt, self.compile)
+        self.forward = self.loss or compiled(self.model, self.rt, self.compile)
+        self.count = self.loss.count if self.loss else num_targets
         self.peak = peak_flops(self.rt)
         self.cursor: Any = self.loader.cursor
         self.batches: Iterator[Any] = iter(self.loader)
@@ -299,7 +312,7 @@ class Trainer:
             self.optimizer.set_lr(lrm, momentum)
             self.model.train()
             with memory_advice(batches[0][0].size(0)):
-                loss = accumulate(self.forward, batches, self.rt.world_size, self.rt.device)
+                loss = accumulate(self.forward, batches, self.rt.world_size, self.rt.device, self.count)
         taken = optimizer_step(self.optimizer, loss, state, self.grad_clip, self.guard_sigma)
         self.cursor = behind
         self._prefetch()  # while the device works

@@ -122,11 +122,7 @@ def start_model(model: GPT, digest: str, saved: Checkpoint | None) -> GPT:
     Raises:
         InputError: it is another one than the resumed run began with.
     """
-    if saved is not None and saved.meta.get("start") != digest:
-        raise InputError(
-            f"--kl: the start model has changed since {saved.path} was saved; put it back, or start anew with "
-            "--resume=none"
-        )
+    resume.require_start(digest, saved)
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 

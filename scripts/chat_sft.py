@@ -4,11 +4,13 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --num_epochs=1
     python -m scripts.chat_sft --conversations=mine.jsonl      # with conversations of your own
     python -m scripts.chat_sft --source=sft --conversations=mine.jsonl   # taught to a model that is through with it
+    python -m scripts.chat_sft --source=sft --dpo=pairs.jsonl  # which of two answers is better (nanochat/dpo.py)
 
 Reads mid_checkpoints/<tag>/ (or base_checkpoints/); writes chatsft_checkpoints/<tag>/.
 
 --source=sft goes on from the SFT model, and writes <tag>-own beside it. Settings that are left out are those of the
 run that made it; your conversations are shown many times, in other words each time, among four times as many others.
+With --dpo it writes <tag>-dpo, and a tenth of the pairs is held out.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat import checkpoint, guards, resume, runtime, scaling
+from nanochat import checkpoint, dpo, guards, resume, runtime, scaling
 from nanochat.checkpoint import Checkpoint
 from nanochat.config import InputError, flag, report_config, run_cli
 from nanochat.data.conversations import ConversationSteps, padded
@@ -39,9 +41,11 @@ from nanochat.tracking import DUMMY, Tracker
 from nanochat.trainer import Trainer, make_optimizer
 from tasks import mixtures
 from tasks.common import Task, fingerprint
+from tasks.mixtures import Mixture
+from tasks.preferences import Preferences
 from tasks.registry import eval_task
 
-TAUGHT = "-own"  # behind the tag of a model that learned more after its SFT
+TAUGHT, PREFERS = "-own", "-dpo"  # behind the tag of a model that learned more after its SFT
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,15 @@ class ChatSFTConfig:
     conversations: tuple[str, ...] = flag((), "FILE.jsonl[:epochs]: your own conversations", off="None", new=True)
     replay: float = flag(4.0, "after --source=sft, other conversations for each showing of one of yours", new=True)
     reword: bool = flag(True, "after --source=sft, ask in other words each time (English)", new=True)
+    dpo: str | None = flag(
+        None, "FILE.jsonl of preference pairs (tasks/preferences.py), after --source=sft", off="None", new=True
+    )
+    dpo_beta: float = flag(0.1, "how much a reward weighs a step away from the start model", new=True)
     warm_start: bool = flag(False, "begin with the optimizer's state that the checkpoint has, not anew", new=True)
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest, d4 before d4-own", off="None", new=True)
     step: int | None = flag(None, "checkpoint step; None = the last", off="None", new=True)
     save_tag: str | None = flag(
-        None, "tag to write; None = the one read, with -own behind it after --source=sft", off="None", new=True
+        None, "tag to write; None = the one read, with -own or -dpo behind it after --source=sft", off="None", new=True
     )
     save_every: int | None = flag(250, "steps between checkpoints; -1 = only the last", off=-1, new=True)
     keep_last: int | None = flag(2, "how many checkpoints to keep; -1 = all", off=-1, new=True)
@@ -99,21 +107,32 @@ class ChatSFTConfig:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
         if not 0 <= self.replay < float("inf"):
             raise InputError(f"--replay {self.replay} must be 0 or more")
+        if not 0 < self.dpo_beta < float("inf"):
+            raise InputError(f"--dpo_beta {self.dpo_beta} must be above 0; 0.1 is usual")
+        if self.dpo is not None and self.source != "sft":
+            raise InputError("--dpo compares with a model that answers already; add --source=sft")
+        if self.dpo is not None and (self.conversations or self.task or self.mixture):
+            raise InputError(
+                "--dpo trains on its pairs alone; teach --conversations, --task or --mixture in another run"
+            )
 
 
 # What an SFT run has settled for its model, which going on from it takes over where the command says nothing.
 SETTLED = (
     *("device_batch_size", "target_examples_per_step", "unembedding_lr", "embedding_lr", "matrix_lr", "weight_decay"),
-    *("init_lr_frac", "mixture", "task", "aqua_train_examples", "aqua_val_examples", "eval_steps"),
-    "eval_metrics_every",
+    *("init_lr_frac", "eval_steps", "eval_metrics_every"),
+    *(OF_THE_MIXTURE := ("mixture", "task", "aqua_train_examples", "aqua_val_examples")),
 )
+
+PREFERENCE_RATES = 0.25  # of SFT's, for --dpo: at all of them the wanted form is learned, and what is right forgotten
 
 
 def settled(cfg: ChatSFTConfig, before: dict[str, Any]) -> ChatSFTConfig:
     """The config with the settings of the run that made an SFT model, `before`, wherever it has its defaults."""
     taken: dict[str, Any] = {}
+    names = [name for name in SETTLED if name in before and not (cfg.dpo and name in OF_THE_MIXTURE)]
     for f in dataclasses.fields(cfg):
-        if f.name in SETTLED and f.name in before and getattr(cfg, f.name) == f.default:
+        if f.name in names and getattr(cfg, f.name) == f.default:
             value = before[f.name]
             if value == f.metadata["off"]:
                 value = f.default if f.name == "task" else None
@@ -121,6 +140,8 @@ def settled(cfg: ChatSFTConfig, before: dict[str, Any]) -> ChatSFTConfig:
                 value = tuple(value.split(", "))
             if value != f.default:
                 taken[f.name] = value
+    if cfg.dpo and "init_lr_frac" in taken:
+        taken["init_lr_frac"] *= PREFERENCE_RATES
     if taken:
         print0("As in the run before: " + ", ".join(f"--{name}={value}" for name, value in taken.items()))
     return dataclasses.replace(cfg, **taken)
@@ -135,14 +156,32 @@ def tags(cfg: ChatSFTConfig) -> tuple[str, str]:
     tag = checkpoint.find(cfg.source, cfg.model_tag, cfg.step).parent.name
     if cfg.source != "sft":
         return tag, cfg.save_tag or tag
-    save_tag = cfg.save_tag or tag.removesuffix(TAUGHT) + TAUGHT
+    suffix = TAUGHT if cfg.dpo is None else PREFERS
+    save_tag = cfg.save_tag or tag.removesuffix(suffix) + suffix
     if save_tag == tag:
         raise InputError(f"--model_tag={tag} would be written over; name what comes out, such as --save_tag={tag}-2")
     return tag, save_tag
 
 
+def open_data(cfg: ChatSFTConfig, default: str) -> tuple[Mixture, Task]:
+    """What to train on, conversations or pairs, and what to validate on."""
+    if cfg.dpo is not None:
+        train, val = Preferences.split(cfg.dpo)
+        return Mixture(train, [train, val], {cfg.dpo: f"{len(train):,} pairs, {len(val):,} held out"}, ()), val
+    mixture = mixtures.open_mixture(
+        "sft",
+        default,
+        cfg.mixture,
+        cfg.task,
+        cfg.conversations,
+        {"AQUA train": cfg.aqua_train_examples, "AQUA validation": cfg.aqua_val_examples},
+        mixtures.Teach(replay=cfg.replay, reword=cfg.reword) if cfg.source == "sft" else None,
+    )
+    return mixture, mixture.open_validation()
+
+
 @torch.no_grad()
-def loss_sums(model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor) -> Tensor:
+def loss_sums(model: Any, batches: Iterable[tuple[Tensor, ...]], token_bytes: Tensor) -> Tensor:
     """(4,) fp64 of this rank: nats and number of all supervised tokens; nats and bytes of those that stand for text."""
     sums = torch.zeros(4, dtype=torch.float64)
     for inputs, targets in batches:
@@ -161,12 +200,16 @@ def build(
     tokenizer: Any,
     source: dict[str, Any],
     saved: Checkpoint | None = None,
+    preference: dpo.PreferenceLoss | None = None,
 ) -> Trainer:
-    """source: the manifest of the checkpoint that `model` is from."""
+    """source: the manifest of the checkpoint that `model` is from. preference: of the pairs in train."""
     total = None if cfg.num_iterations else len(train) * cfg.num_epochs
     steps = cfg.num_iterations or -(-len(train) * cfg.num_epochs // cfg.target_examples_per_step)
     optimizer = make_optimizer(model, cfg, rt)
     meta = resume.stage_facts(cfg, model, tokenizer, fingerprint(train), source["user_config"].get("dataset"))
+    if preference is not None:
+        meta["start"] = source["files"]["model.safetensors"]["sha256"]
+        resume.require_start(meta["start"], saved)
     if cfg.warm_start and saved is None:
         start = checkpoint.load(Path(source["path"]), with_optimizer=True).optimizer
         assert start is not None
@@ -174,7 +217,8 @@ def build(
     state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
     directory = checkpoint.tag_directory("sft", source["tag"])
     examples, rows, T = cfg.target_examples_per_step, cfg.device_batch_size, model.config.sequence_len
-    loader = ConversationSteps(train, tokenizer, examples, rows, T, rt, cursor, total)
+    loader_of = ConversationSteps if preference is None else dpo.PairSteps
+    loader = loader_of(train, tokenizer, examples, rows, T, rt, cursor, total)
 
     def schedule(state: LoopState) -> tuple[float, None]:
         return scaling.lr_multiplier(state.step / steps, warmdown=1.0), None
@@ -193,6 +237,7 @@ def build(
         num_iterations=steps,
         flops_per_token=model.config.shape.flops_per_token,
         guard_sigma=cfg.guard_sigma,
+        loss=preference,
         state=state,
     )
 
@@ -207,21 +252,18 @@ def run(cfg: ChatSFTConfig) -> LoopState:
     if cfg.source == "sft":
         cfg = settled(cfg, meta["user_config"])
     name = mixtures.name_for(meta["user_config"].get("dataset"))
-    mixture = mixtures.open_mixture(
-        "sft",
-        name,
-        cfg.mixture,
-        cfg.task,
-        cfg.conversations,
-        {"AQUA train": cfg.aqua_train_examples, "AQUA validation": cfg.aqua_val_examples},
-        mixtures.Teach(replay=cfg.replay, reword=cfg.reword) if cfg.source == "sft" else None,
-    )
-    train, val = mixture.train, mixture.open_validation()
+    mixture, val = open_data(cfg, name)
+    train = mixture.train
     print0(f"Mixture: {mixture.describe()}")
     for own in mixture.own:
         if cut := own.describe_crops(tokenizer, model.config.sequence_len + 1):
             print0(f"warning: {cut}")
-    trainer = build(cfg, rt, train, model, tokenizer, meta, saved)
+    preference, preferred = None, None
+    if cfg.dpo is not None:  # before a resumed run's weights take the place of the start model's
+        preference, preferred = (
+            dpo.compare(model, pairs, tokenizer, cfg.device_batch_size, rt, cfg.dpo_beta) for pairs in (train, val)
+        )
+    trainer = build(cfg, rt, train, model, tokenizer, meta, saved, preference)
     print0(f"Training rows: {len(train):,}\nNumber of iterations: {trainer.num_iterations:,}")
     losses: list[float] = []
     token_bytes = tokenizer.token_bytes().cpu()
@@ -239,6 +281,14 @@ def run(cfg: ChatSFTConfig) -> LoopState:
         print0(f"Step {state.step:05d} | Validation bpb: {bpb:.4f}")
         trainer.tracker.log(state.step, val_loss=losses[-1], val_bpb=bpb)
 
+    def prefer(state: LoopState) -> None:
+        assert preferred is not None
+        figures = preferred.figures(val, tokenizer, cfg.device_batch_size, rt)
+        losses.append(figures["val_loss"])
+        state.outcome |= {"Preference accuracy": figures["preference_accuracy"], "Preference margin": figures["margin"]}
+        print0(f"Step {state.step:05d} | " + ", ".join(f"{name}: {value:.4f}" for name, value in figures.items()))
+        trainer.tracker.log(state.step, **figures)
+
     def metrics(state: LoopState) -> None:
         if state.step == 0:
             return
@@ -255,7 +305,9 @@ def run(cfg: ChatSFTConfig) -> LoopState:
             print0(f"Step {state.step:05d} | {task} accuracy: {result.accuracy:.4f}")
             trainer.tracker.log(state.step, **{f"{task}_acc": result.accuracy})
 
-    state = trainer.run([(cfg.eval_every, validate), (cfg.eval_metrics_every, metrics)])
+    state = trainer.run(
+        [(cfg.eval_every, validate if preference is None else prefer), (cfg.eval_metrics_every, metrics)]
+    )
     outcome = {
         "Training rows": len(train),
         "Number of iterations": state.step,

@@ -11,7 +11,7 @@ from nanochat.config import InputError
 from nanochat.data.tinyworld.chitchat import IDENTITY
 from nanochat.environment import print0
 from tasks import tinyworld
-from tasks.common import TaskMixture
+from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.reworded import Reworded
 from tasks.tables import Row, Table, own_row, parse_table, with_task
@@ -86,8 +86,8 @@ class Teach:
 
 @dataclass(frozen=True)
 class Mixture:
-    train: TaskMixture
-    own: list[CustomJSON]
+    train: Task
+    own: Sequence[CustomJSON]
     facts: dict[str, str]  # the table as it was used, for the report
     validation: tuple[Row, ...]
 

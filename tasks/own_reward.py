@@ -21,8 +21,6 @@ from tasks.common import Conversation, Task
 from tasks.customjson import CustomJSON
 from tasks.registry import rl_tasks
 
-HELD_OUT = 10  # every tenth conversation of a file, at the end, is held out
-
 Reward = Callable[[Conversation, str], float]
 
 
@@ -76,22 +74,9 @@ def load_reward(spec: str) -> tuple[Reward, str]:
     return function, hashlib.sha256(source + spec.encode()).hexdigest()
 
 
-def file_tasks(path: str) -> tuple[Task, Task]:
-    """(training, held-out) prompts of a file of conversations.
-
-    Raises:
-        InputError: a malformed line, or too few conversations to hold one out.
-    """
-    n = len(CustomJSON(path))
-    if n < 2:
-        raise InputError(f"{path} holds {n} conversation; at least 2 are needed, as one is held out")
-    cut = n - max(1, n // HELD_OUT)
-    return CustomJSON(path, stop=cut), CustomJSON(path, start=cut)
-
-
 def choose_tasks(task: str, conversations: str | None, reward: str | None) -> tuple[Task, Task, str]:
     """(training task, held-out task, hash of the reward function or "") of the flags of chat_rl."""
-    train, val = rl_tasks(task) if conversations is None else file_tasks(conversations)
+    train, val = rl_tasks(task) if conversations is None else CustomJSON.split(conversations)
     if reward is None:
         return train, val, ""
     function, digest = load_reward(reward)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nanochat.config import InputError
-from tasks.own_reward import choose_tasks, file_tasks, load_reward
+from tasks.customjson import CustomJSON
+from tasks.own_reward import choose_tasks, load_reward
 
 SOURCE = "def short(conversation, answer):\n    return -len(answer)\n"
 
@@ -63,11 +64,11 @@ def test_what_is_no_reward_is_refused_by_name(mine, tmp_path, spec, message):
 
 @pytest.mark.parametrize(("count", "held_out"), [(2, 1), (9, 1), (30, 3)])
 def test_the_last_tenth_of_a_file_is_held_out(tmp_path, count, held_out):
-    train, val = file_tasks(conversations(tmp_path / "mine.jsonl", count))
+    train, val = CustomJSON.split(conversations(tmp_path / "mine.jsonl", count))
     asked = [c["messages"][0]["content"] for c in [*train, *val]]
     assert asked == list(map(str, range(count))) and len(val) == held_out
 
 
 def test_one_conversation_is_too_few(tmp_path):
     with pytest.raises(InputError, match="at least 2"):
-        file_tasks(conversations(tmp_path / "mine.jsonl", 1))
+        CustomJSON.split(conversations(tmp_path / "mine.jsonl", 1))

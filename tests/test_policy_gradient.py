@@ -182,7 +182,7 @@ def test_equal_answers_to_a_prompt_are_computed_once_and_count_as_often_as_they_
             b._replace(start=-start(b.inputs, b.targets, reduction="none").view_as(b.targets)) if kl else b
             for b in micro
         ]
-    accumulate(PolicyLoss(ours, 0.2, kl), micro, mine=len(terms))
+    accumulate(PolicyLoss(ours, 0.2, kl), micro, count=PolicyLoss.count)
     assert_close(gradients(ours), gradients(plain), atol=1e-6, rtol=1e-4)
 
 

@@ -15,7 +15,7 @@ from nanochat.data.loader import PackingLoader
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 
-Batch = tuple[Tensor, Tensor]  # (inputs, targets), both (B, T) int64; targets are -1 where nothing is to be learned
+Batch = tuple[Tensor, ...]  # (inputs, targets), both (B, T) int64; targets are -1 where nothing is to be learned
 PASS = 256  # a micro-batch takes as long as so many tokens besides its own (about 300 at depth 4 on a CPU core)
 Rendered = tuple[list[int], list[int]]  # ids, and for each 1 where the assistant is to learn it
 
@@ -28,7 +28,7 @@ def padded(
     for first in itertools.count(rt.rank * batch_size, batch_size * rt.world_size):
         numbers = range(first, first + batch_size)
         rows = [tokenizer.render_conversation(conversations[i % len(conversations)], sequence_len + 1) for i in numbers]
-        yield _collate(rows, tokenizer, rt)
+        yield collate(rows, tokenizer, rt)
 
 
 class ConversationSteps:
@@ -58,15 +58,34 @@ class ConversationSteps:
         T = self.sequence_len
         while self.total is None or self.cursor < self.total:
             end = self.cursor + self.examples
-            numbers = range(self.cursor, end if self.total is None else min(end, self.total))
-            self.cursor = numbers.stop
-            conversations = [self.conversations[i % len(self.conversations)] for i in numbers]
-            rendered = [self.tokenizer.render_conversation(c, T + 1) for c in conversations]
-            rendered.sort(key=lambda row: len(row[0]))
-            # a rank without a row takes part with one that has no target
-            mine = rendered[self.rt.rank :: self.rt.world_size] or [([self.tokenizer.get_bos_token_id()], [0])]
-            cuts = best_cuts([len(ids) for ids, _ in mine], self.batch_size * (T + 1))
-            yield [_collate(mine[a:b], self.tokenizer, self.rt) for a, b in itertools.pairwise(cuts)]
+            places = range(self.cursor, end if self.total is None else min(end, self.total))
+            self.cursor = places.stop
+            numbers = [place % len(self.conversations) for place in places]
+            examples = [(number, self.rows(number)) for number in numbers]
+            examples.sort(key=lambda example: _num_tokens(example[1]))
+            # a rank without an example takes part with one that has no target
+            mine = examples[self.rt.rank :: self.rt.world_size] or [(-1, self.nothing())]
+            cuts = best_cuts([_num_tokens(rows) for _, rows in mine], self.batch_size * (T + 1))
+            yield [self.batch(mine[a:b]) for a, b in itertools.pairwise(cuts)]
+
+    def rows(self, number: int) -> list[Rendered]:
+        """The rows of an example, which stay in one batch."""
+        return [self.render(self.conversations[number])]
+
+    def nothing(self) -> list[Rendered]:
+        return [([self.tokenizer.get_bos_token_id()], [0])]
+
+    def batch(self, examples: Sequence[tuple[int, list[Rendered]]]) -> Batch:
+        """Of numbers and rows."""
+        return collate([row for _, rows in examples for row in rows], self.tokenizer, self.rt)
+
+    def render(self, conversation: Any) -> Rendered:
+        return self.tokenizer.render_conversation(conversation, self.sequence_len + 1)
+
+
+def _num_tokens(rows: Sequence[Rendered]) -> int:
+    """With the padding to the longest of them."""
+    return len(rows) * max(len(ids) for ids, _ in rows)
 
 
 def best_cuts(lengths: Sequence[int], most: int) -> list[int]:
@@ -88,7 +107,7 @@ def best_cuts(lengths: Sequence[int], most: int) -> list[int]:
     return cuts[::-1]
 
 
-def _collate(rows: Sequence[Rendered], tokenizer: Tokenizer, rt: Runtime) -> Batch:
+def collate(rows: Sequence[Rendered], tokenizer: Tokenizer, rt: Runtime) -> Batch:
     """Padded on the right to the longest."""
     width = max(2, *(len(ids) for ids, _ in rows))
     idx = torch.full((len(rows), width), tokenizer.encode_special("<|assistant_end|>"))
