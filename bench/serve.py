@@ -246,8 +246,8 @@ async def load(cfg: ServeConfig, address: str, process: psutil.Process) -> dict[
             await asyncio.sleep(max(0.0, begun + at * cfg.seconds - time.perf_counter()))
             stats = (await http.get("/stats")).json()
             generated = sum(engine["generated_tokens"] for engine in stats["engines"])
-            cpu = process.cpu_times()
-            marks.append((time.perf_counter(), generated, process.memory_info().rss / 2**20, cpu.user + cpu.system))
+            used = process.cpu_times()
+            marks.append((time.perf_counter(), generated, process.memory_info().rss / 2**20, used.user + used.system))
             if at == WARMUP:  # what was seen before does not count; errors do
                 tally.first, tally.per_token, tally.answers, tally.tokens, tally.chunks = [], [], 0, 0, 0
         seen = replace(tally)
