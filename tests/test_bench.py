@@ -350,7 +350,7 @@ def test_the_server_under_load_makes_no_error_and_leaks_no_slot():
 
 def test_the_pairs_to_teach_are_a_hundred_and_asked_in_words_that_the_file_does_not_have():
     file, dev, test = (teach.Pairs(5, split) for split in ("file", "dev", "test"))
-    assert (len(file), len(dev), len(test)) == (100, 500, 300)
+    assert (len(file), len(dev), len(test)) == (100, 800, 300)
     answers = {c["messages"][1]["content"] for c in file}
     assert len(answers) == 100 and {c["messages"][1]["content"] for c in test} == answers
     asked = {
