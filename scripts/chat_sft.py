@@ -140,8 +140,8 @@ def settled(cfg: ChatSFTConfig, before: dict[str, Any]) -> ChatSFTConfig:
                 value = tuple(value.split(", "))
             if value != f.default:
                 taken[f.name] = value
-    if cfg.dpo and "init_lr_frac" in taken:
-        taken["init_lr_frac"] *= PREFERENCE_RATES
+    if cfg.dpo and cfg.init_lr_frac == ChatSFTConfig.init_lr_frac:
+        taken["init_lr_frac"] = PREFERENCE_RATES * taken.get("init_lr_frac", cfg.init_lr_frac)
     if taken:
         print0("As in the run before: " + ", ".join(f"--{name}={value}" for name, value in taken.items()))
     return dataclasses.replace(cfg, **taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -294,9 +295,13 @@ def test_what_is_written_is_named_after_what_it_was_made_from(base: Path):
     assert names() == ("d2-own", "d2-own-dpo")
 
 
-def test_settings_that_say_what_sft_trained_on_are_not_taken_over():
+def test_it_learns_at_a_quarter_of_sfts_rates_unless_told_otherwise_and_takes_nothing_of_its_mixture():
     cfg = ChatSFTConfig(source="sft", dpo="x")
-    assert settled(cfg, {"mixture": "tinyworld", "task": "TinyMC:3", "aqua_val_examples": 0}) == cfg
+    quarter = dataclasses.replace(cfg, init_lr_frac=cfg.init_lr_frac / 4)
+    assert settled(cfg, {"mixture": "tinyworld", "task": "TinyMC:3", "aqua_val_examples": 0}) == quarter
+    assert settled(cfg, {"init_lr_frac": 0.4}).init_lr_frac == 0.1
+    told = ChatSFTConfig(source="sft", dpo="x", init_lr_frac=0.3)
+    assert settled(told, {"init_lr_frac": 0.4}) == told
 
 
 def test_ranks_share_the_work_of_the_start_models_log_probabilities(tmp_path: Path, two_ranks: Any):
