@@ -13,7 +13,7 @@ from nanochat.environment import print0
 from tasks import tinyworld
 from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
-from tasks.reworded import Reworded
+from tasks.reworded import Reworded, Wordings
 from tasks.tables import Row, Table, own_row, parse_table, with_task
 
 # The few rows that say who the model is must stick, so midtraining shows them twice; 996 has the reference's file.
@@ -134,6 +134,14 @@ def says_who_it_is(task: Iterable[dict]) -> bool:
     return any(m["role"] == "user" and m["content"].strip().lower() in known for c in task for m in c["messages"])
 
 
+def _showings(task: Task, times: int, reword: bool) -> list[Task]:
+    """The task as often as it is shown: the first time as it is."""
+    if not reword or times < 2:
+        return [task] * times
+    wordings = Wordings(task)
+    return [task, *(Reworded(task, wordings, number) for number in range(1, times))]
+
+
 def open_mixture(
     stage: str,
     default: str,
@@ -182,7 +190,7 @@ def open_mixture(
     facts = {row.name: f"{len(task):,} rows" + (f" x {row.epochs}" if row.epochs > 1 else "") for row, task in opened}
     yours = [(row, own[row]) for row in chosen if row.is_own]
     others = [task for row, task in opened if not row.is_own for _ in range(row.epochs)]
-    shown = [Reworded(task, i if teach and teach.reword else 0) for row, task in yours for i in range(row.epochs)]
+    shown = [one for row, task in yours for one in _showings(task, row.epochs, teach is not None and teach.reword)]
     if teach and shown:
         replayed = TaskMixture(others, stop=round(teach.replay * sum(map(len, shown))))
         others = [replayed]

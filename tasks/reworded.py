@@ -10,12 +10,14 @@ rice." and "Which food does Ben like?" is answered "Ben likes rice.", each may b
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tasks.common import Conversation, Task
 
@@ -78,6 +80,9 @@ NOISE = tuple(
     " visit wait walk watch way week well whole why without wonder word work world write year yes yesterday yet".split()
 )
 AUXILIARIES = frozenset("am are can could did do does had has have is may must should was were will would".split())
+BORROWERS = (
+    5000  # questions of a file at most that lend each other wordings: seconds, and all ways to cut them in memory
+)
 SUBJECT_MARK, VALUE_MARK = "\x00", "\x01"  # stand for what a wording or frame is said of
 QUESTION = re.compile(
     r"(?i)(?:(?:what|who|which) (?:is|are|was|were)|what's|who's|(?:please )?(?:tell|give) me|name) (.+)"
@@ -203,16 +208,22 @@ def borrowed(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
     for cut in filter(None, best):
         values[cut.frame][cut.wording][cut.subject.lower()] = cut.value
 
-    def ask_the_same(one: dict[str, str], other: dict[str, str]) -> bool:
-        agree = all(one[subject] == other[subject] for subject in one.keys() & other.keys())
-        return agree and not set(one.values()).isdisjoint(other.values())
+    @functools.cache
+    def lenders(frame: str, wording: str) -> list[str]:
+        known = values[frame]
+        own = known[wording]
+        return [w for w, other in known.items() if w != wording and _ask_the_same(own, other)]
 
-    questions: list[list[str]] = []
-    for own in best:
-        known = values[own.frame] if own else {}
-        others = [w for w in known if own and w != own.wording and ask_the_same(known[own.wording], known[w])]
-        questions.append([wording.replace(SUBJECT_MARK, own.subject) for wording in others if own])
-    return questions
+    return [
+        [wording.replace(SUBJECT_MARK, own.subject) for wording in lenders(own.frame, own.wording)] if own else []
+        for own in best
+    ]
+
+
+def _ask_the_same(one: dict[str, str], other: dict[str, str]) -> bool:
+    """Of what two wordings were answered, by subject."""
+    agree = all(one[subject] == other[subject] for subject in one.keys() & other.keys())
+    return agree and not set(one.values()).isdisjoint(other.values())
 
 
 def _cuts(question: str, answer: str) -> list[Cut]:
@@ -229,7 +240,7 @@ def _cuts(question: str, answer: str) -> list[Cut]:
         subject = question[asked[i].start() : asked[i + n - 1].end()] if n else ""
         if all(word.lower() in FILLERS for word in subject.split()):
             continue
-        wording = question.replace(subject, SUBJECT_MARK)
+        wording = re.sub(rf"(?<![\w'-]){re.escape(subject)}(?![\w'-])", SUBJECT_MARK, question)
         for start, size in itertools.product(range(len(answered)), (1, 2, 3)):
             stop = start + size
             if stop > len(answered) or (start < j + n and j < stop) or n + size == len(answered):
@@ -243,24 +254,19 @@ def _cuts(question: str, answer: str) -> list[Cut]:
     return found
 
 
-class Reworded(Task):
-    """A task's conversations with the user's messages in other words.
+class Wordings:
+    """What the questions of a task tell of each other; made once, for all its variants."""
 
-    Args:
-        variant: each is another draw; 0 = as they are.
-    """
-
-    def __init__(self, task: Task, variant: int) -> None:
-        super().__init__()
-        self.task, self.variant = task, variant
+    def __init__(self, task: Task) -> None:
         asked = {
             (str(a["content"]), str(b["content"])): None
             for conversation in task
             for a, b in itertools.pairwise(conversation["messages"])
             if a["role"] == "user"
         }
+        lent = borrowed(list(asked)) if len(asked) <= BORROWERS else [[] for _ in asked]
         # (question, answer) -> the question in all wordings of the file, its own first
-        self.asked = {pair: [pair[0], *more] for pair, more in zip(asked, borrowed(list(asked)), strict=True)}
+        self.asked = {pair: [pair[0], *more] for pair, more in zip(asked, lent, strict=True)}
         # word -> what is answered to the questions that have it
         self.answers: dict[str, set[str]] = defaultdict(set)
         for (_, answer), questions in self.asked.items():
@@ -268,25 +274,35 @@ class Reworded(Task):
                 self.answers[word].add(answer)
         self.noise = [w for w in NOISE if w in FILLERS or w not in self.answers]
 
+    def reworded(self, messages: Sequence[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+        """The messages with the user's in other words."""
+        told = list(messages)
+        for i, (a, b) in enumerate(itertools.pairwise(messages)):
+            if a["role"] == "user":
+                question = rng.choice(self.asked[str(a["content"]), str(b["content"])])
+                told[i] = {**a, "content": reword(question, rng, self.noise, self.has_one_answer)}
+        return told
+
+    def has_one_answer(self, words: Sequence[str]) -> bool:
+        """Whether the questions that have all these words have one answer in common, and no other."""
+        found = [self.answers.get(w, set()) for w in _words(" ".join(words))]
+        return bool(found) and len(set.intersection(*found)) == 1
+
+
+class Reworded(Task):
+    """A task's conversations with the user's messages in other words: each number is another draw."""
+
+    def __init__(self, task: Task, wordings: Wordings, number: int) -> None:
+        super().__init__()
+        self.task, self.wordings, self.number = task, wordings, number
+
     def num_examples(self) -> int:
         return len(self.task)
 
     def get_example(self, index: int) -> Conversation:
         conversation = self.task[index]
-        if self.variant == 0:
-            return conversation
-        rng = random.Random(f"{self.variant} {index}")
-        messages = list(conversation["messages"])
-        for i, (a, b) in enumerate(itertools.pairwise(messages)):
-            if a["role"] == "user":
-                question = rng.choice(self.asked[str(a["content"]), str(b["content"])])
-                messages[i] = {**a, "content": reword(question, rng, self.noise, self.has_one_answer)}
-        return {**conversation, "messages": messages}
-
-    def has_one_answer(self, words: Sequence[str]) -> bool:
-        """Whether the questions that have all these words have one answer in common, and no other."""
-        found = [self.answers[w] for w in _words(" ".join(words))]
-        return bool(found) and len(set.intersection(*found)) == 1
+        rng = random.Random(f"{self.number} {index}")
+        return {**conversation, "messages": self.wordings.reworded(conversation["messages"], rng)}
 
 
 def _words(text: str) -> list[str]:

@@ -19,10 +19,11 @@ from nanochat.chat import check_conversation
 from nanochat.config import InputError
 from scripts import make_identity
 from tasks import identity
+from tasks import reworded as rewording
 from tasks.customjson import CustomJSON
 from tasks.identity import About, conversations
 from tasks.mixtures import says_who_it_is
-from tasks.reworded import Reworded, borrowed, reword
+from tasks.reworded import Reworded, Wordings, borrowed, reword
 
 PAGE = """\
 name: Ada
@@ -261,15 +262,20 @@ def test_what_no_rule_fits_stays_but_for_its_last_mark(text: str):
     assert {t.rstrip(".?!") for t in reworded(text)} == {text.rstrip(".?!")}
 
 
-def test_a_reworded_task_keeps_answers_and_its_first_variant_is_as_written(tmp_path: Path):
+def variants(path: Path, times: int) -> list[list[dict[str, str]]]:
+    """The first conversation's messages, again and again."""
+    task = CustomJSON(path)
+    wordings = Wordings(task)
+    return [Reworded(task, wordings, number)[0]["messages"] for number in range(times)]
+
+
+def test_a_reworded_task_keeps_answers_and_draws_the_same_again(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     messages = [{"role": "user", "content": "What is the color of the mill?"}, {"role": "assistant", "content": "Red."}]
     path.write_text(json.dumps(messages))
-    task = CustomJSON(path)
-    assert Reworded(task, 0)[0]["messages"] == messages
-    variants = [Reworded(task, i)[0]["messages"] for i in range(20)]
-    assert len({v[0]["content"] for v in variants}) > 8 and {v[1]["content"] for v in variants} == {"Red."}
-    assert Reworded(task, 7)[0] == Reworded(task, 7)[0]
+    found = variants(path, 20)
+    assert len({v[0]["content"] for v in found}) > 8 and {v[1]["content"] for v in found} == {"Red."}
+    assert found == variants(path, 20)
 
 
 def test_words_are_left_out_only_while_the_rest_still_says_which_question_it_is(tmp_path: Path):
@@ -281,10 +287,10 @@ def test_words_are_left_out_only_while_the_rest_still_says_which_question_it_is(
     ]
     lines = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    task = Reworded(CustomJSON(path), 1)
+    task = Wordings(CustomJSON(path))
     assert task.has_one_answer(["Bob"]) and task.has_one_answer(["pet"]) and task.has_one_answer(["Ann", "food"])
     assert not any(map(task.has_one_answer, (["Ann"], ["food"], ["ann"], [], ["horse"])))
-    asked = {Reworded(CustomJSON(path), i)[0]["messages"][0]["content"].lower() for i in range(1, 200)}
+    asked = {v[0]["content"].lower() for v in variants(path, 200)}
     assert all("ann" in question and "food" in question for question in asked)
 
 
@@ -324,13 +330,19 @@ def test_questions_of_a_file_lend_each_other_their_wordings(pairs: list[tuple[st
     assert borrowed(pairs) == lent
 
 
-def test_a_borrowed_wording_is_asked_as_the_files_own_are(tmp_path: Path):
+def test_a_wording_is_lent_at_whole_words_only():
+    pairs = [("In which Annals is Ann?", "Ann is in two."), ("What names Ben?", "Ben is in two.")]
+    assert borrowed(pairs) == [["What names Ann?"], ["In which Annals is Ben?"]]
+
+
+def test_a_borrowed_wording_is_asked_as_the_files_own_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "a.jsonl"
     pairs = [("What does Ada eat?", "Ada likes rice."), ("Which food does Ben like?", "Ben likes rice.")]
     lines = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    variants = [Reworded(CustomJSON(path), i)[0]["messages"] for i in range(40)]
-    asked = [v[0]["content"].lower() for v in variants]
+    asked = [v[0]["content"].lower() for v in variants(path, 40)]
     assert any("food" in question for question in asked) and any("eat" in question for question in asked)
     assert all("ada" in question and "ben" not in question for question in asked)
-    assert {v[1]["content"] for v in variants} == {"Ada likes rice."}
+    assert {v[1]["content"] for v in variants(path, 40)} == {"Ada likes rice."}
+    monkeypatch.setattr(rewording, "BORROWERS", 1)  # more questions than may lend
+    assert not any("food" in v[0]["content"].lower() for v in variants(path, 40))
