@@ -94,18 +94,17 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        if torch.is_inference_mode_enabled() and x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            return _linear_of_few_shapes(x, weight)
-        return F.linear(x, weight)
+        return linear(x, self.weight.to(x.dtype))
 
 
-def _linear_of_few_shapes(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear, with zero rows added so that x has one of four numbers of rows an octave.
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear. For inference in bf16 on a CPU it adds zero rows: x then has one of four numbers of rows an octave.
 
     oneDNN writes a program for each shape that it meets, in some 1.5 ms, and keeps 1,024 of them, 0.7 MB each
     (measured: AMX, torch 2.15), while the prompts that an engine computes together have any number of tokens.
     """
+    if not torch.is_inference_mode_enabled() or x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return F.linear(x, weight)
     flat = x.flatten(0, -2)
     step = 1 << max(0, len(flat).bit_length() - 3)
     padded = F.pad(flat, (0, 0, 0, -len(flat) % step))

@@ -8,10 +8,9 @@ says what it costs in bits per byte.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.gpt import GPT, Linear
+from nanochat.gpt import GPT, Linear, linear
 
 QUANTIZED = ("int8",)
 
@@ -38,7 +37,7 @@ class Int8Linear(Linear):
         return self.integers.float().mul_(self.scales[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        return (F.linear(x, self.integers.to(x.dtype)) * self.scales).to(x.dtype)
+        return (linear(x, self.integers.to(x.dtype)) * self.scales).to(x.dtype)
 
 
 def quantize_int8(model: GPT) -> GPT:

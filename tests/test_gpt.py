@@ -11,6 +11,7 @@ from nanochat import attention
 from nanochat.config import InputError
 from nanochat.gpt import GPT, GPTConfig, Linear, rope_tables, rotate
 from nanochat.kv_cache import KVCache, offset_keys
+from nanochat.quantize import Int8Linear
 from nanochat.scaling import ARCHS, EXTRAS
 from tests.conftest import tiny_gpt
 
@@ -178,13 +179,15 @@ def test_grouped_heads_equal_a_full_model_with_repeated_key_and_value_heads():
     torch.testing.assert_close(grouped(some_ids(2, 9)), full(some_ids(2, 9)))
 
 
-def test_an_engine_multiplies_few_shapes_on_a_cpu_of_which_each_would_take_memory(monkeypatch):
+@pytest.mark.parametrize("linear", [Linear(16, 8), Int8Linear(torch.randn(8, 16))], ids=["plain", "int8"])
+def test_an_engine_multiplies_few_shapes_on_a_cpu_of_which_each_would_take_memory(monkeypatch, linear):
     sizes, plain = [0], torch.nn.functional.linear
-    linear, x = Linear(16, 8), torch.randn(512, 1, 16, dtype=torch.bfloat16)
+    x = torch.randn(512, 1, 16, dtype=torch.bfloat16)
+    wanted = linear(x)
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: sizes.append(len(x)) or plain(x, w))
     with torch.inference_mode():
         for rows in range(513):
-            torch.testing.assert_close(linear(x[:rows]), plain(x[:rows], linear.weight.bfloat16()))
+            torch.testing.assert_close(linear(x[:rows]), wanted[:rows])
             assert rows <= sizes[-1] <= 1.25 * rows
     assert len(set(sizes)) <= 33
 
