@@ -95,7 +95,12 @@ def _kind(annotation: Any) -> tuple[Any, bool]:
 
 def build_parser(cls: type, about: str = "") -> argparse.ArgumentParser:
     """The parser of a config class: `--device_batch_size` and `--device-batch-size`, `--k=v` and `--k v`."""
-    parser = _Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # the dataclass has the defaults; what is parsed was given
+    )
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         m = f.metadata
@@ -104,21 +109,19 @@ def build_parser(cls: type, about: str = "") -> argparse.ArgumentParser:
         if m["short"]:
             names.insert(0, m["short"])
         required = f.default is dataclasses.MISSING
-        default = None if required else f.default
-        shown = "required" if required else f"default {m['off'] if default is None else default}"
+        shown = "required" if required else f"default {m['off'] if f.default is None else f.default}"
         text = f"{m['help']} ({shown})".replace("%", "%%")
         if typing.get_origin(kind) is tuple:
             text = f"{m['help']} (may be repeated)".replace("%", "%%")
-            parser.add_argument(*names, dest=f.name, action="append", default=[], metavar="STR", help=text)
+            parser.add_argument(*names, dest=f.name, action="append", metavar="STR", help=text)
             continue
         if kind is bool:
-            parser.add_argument(*names, dest=f.name, action=argparse.BooleanOptionalAction, default=default, help=text)
+            parser.add_argument(*names, dest=f.name, action=argparse.BooleanOptionalAction, help=text)
             continue
         parser.add_argument(
             *names,
             dest=f.name,
             type=_scalar(kind, optional, m["off"], f.name),
-            default=default,
             required=required,
             choices=m["choices"],
             metavar=kind.__name__.upper() if m["choices"] is None else None,
@@ -137,7 +140,15 @@ def parse_config(cls: type[C], argv: Sequence[str] | None = None, about: str = "
     if argv[:1] == ["--"]:  # torchrun's separator; harmless without torchrun too
         argv = argv[1:]
     values = vars(build_parser(cls, about).parse_args(argv))
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    cfg = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    object.__setattr__(cfg, "_given", frozenset(values))  # no field: it is no setting
+    return cfg
+
+
+def is_given(cfg: Any, name: str) -> bool:
+    """Whether a setting was on the command line, or is another than the default."""
+    field = next(f for f in dataclasses.fields(cfg) if f.name == name)
+    return name in getattr(cfg, "_given", ()) or getattr(cfg, name) != field.default
 
 
 # What torch says in errors of a rank that is gone or has not answered in time; all else it reports is of this rank.

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nanochat import checkpoint, dpo, guards, resume, runtime, scaling
 from nanochat.checkpoint import Checkpoint
-from nanochat.config import InputError, flag, report_config, run_cli
+from nanochat.config import InputError, flag, is_given, report_config, run_cli
 from nanochat.data.conversations import ConversationSteps, padded
 from nanochat.environment import print0
 from nanochat.evals.chat import evaluate_task
@@ -128,11 +128,11 @@ PREFERENCE_RATES = 0.25  # of SFT's, for --dpo: at all of them the wanted form i
 
 
 def settled(cfg: ChatSFTConfig, before: dict[str, Any]) -> ChatSFTConfig:
-    """The config with the settings of the run that made an SFT model, `before`, wherever it has its defaults."""
+    """The config with the settings of the run that made an SFT model, `before`, wherever it was given none."""
     taken: dict[str, Any] = {}
     names = [name for name in SETTLED if name in before and not (cfg.dpo and name in OF_THE_MIXTURE)]
     for f in dataclasses.fields(cfg):
-        if f.name in names and getattr(cfg, f.name) == f.default:
+        if f.name in names and not is_given(cfg, f.name):
             value = before[f.name]
             if value == f.metadata["off"]:
                 value = f.default if f.name == "task" else None
@@ -140,11 +140,13 @@ def settled(cfg: ChatSFTConfig, before: dict[str, Any]) -> ChatSFTConfig:
                 value = tuple(value.split(", "))
             if value != f.default:
                 taken[f.name] = value
-    if cfg.dpo and cfg.init_lr_frac == ChatSFTConfig.init_lr_frac:
-        taken["init_lr_frac"] = PREFERENCE_RATES * taken.get("init_lr_frac", cfg.init_lr_frac)
     if taken:
         print0("As in the run before: " + ", ".join(f"--{name}={value}" for name, value in taken.items()))
-    return dataclasses.replace(cfg, **taken)
+    result = dataclasses.replace(cfg, **taken)
+    if cfg.dpo and not is_given(cfg, "init_lr_frac"):
+        result = dataclasses.replace(result, init_lr_frac=PREFERENCE_RATES * result.init_lr_frac)
+        print0(f"Less of it for preferences: --init_lr_frac={result.init_lr_frac:g}")
+    return result
 
 
 def tags(cfg: ChatSFTConfig) -> tuple[str, str]:

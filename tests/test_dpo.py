@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint, dpo
-from nanochat.config import InputError
+from nanochat.config import InputError, parse_config
 from nanochat.dpo import PairSteps, PreferenceLoss, compare
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
@@ -23,6 +23,7 @@ from scripts import chat_sft
 from scripts.chat_sft import ChatSFTConfig, settled, tags
 from tasks.preferences import SIDES, Preferences, parse_pair
 from tests.conftest import save_checkpoint, tiny_gpt
+from tests.tiny_stages import cat_tokenizer, save_d2
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 T = 32
@@ -45,18 +46,14 @@ def write(path: Path, number: int) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train_from_iterator(["who sat on the mat? the cat sat on the mat. " * 20], 300)
+    return cat_tokenizer()
 
 
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With an SFT model d2."""
     monkeypatch.chdir(tmp_path)
-    tokenizer.save(tmp_path / "tokenizer")
-    model = tiny_gpt(vocab_size=300, sequence_len=T, std=0.1)
-    meta: dict[str, Any] = {"model_config": model.config.to_dict(), "tokenizer": tokenizer.fingerprint}
-    meta["user_config"] = {"dataset": "tinyworld", "mixture": "none", "init_lr_frac": 0.5}
-    save_checkpoint(checkpoint.tag_directory("sft", "d2"), 7, model, None, meta)
+    save_d2(tmp_path, "sft", {"mixture": "none", "init_lr_frac": 0.5}, sequence_len=T, std=0.1)
     return tmp_path
 
 
@@ -244,7 +241,7 @@ def test_the_stage_teaches_the_preference_and_leaves_the_start_model(base: Path,
     chat_sft.main([*SMALL, f"--dpo={file}", "--num_epochs=2"])
     out = capsys.readouterr().out
     assert "Step 00000 | val_loss: 0.6931, preference_accuracy: 0.5000, margin: 0.0000" in out
-    assert "As in the run before: --init_lr_frac=0.125\n" in out  # not its mixture
+    assert "As in the run before: --init_lr_frac=0.5\nLess of it for preferences: --init_lr_frac=0.125\n" in out
     facts = section(base)
     assert facts["Preference accuracy"] == "1.0000" and float(facts["Preference margin"]) > 0
     assert facts[file] == "27 pairs, 3 held out" and facts["Number of iterations"] == "18"
@@ -300,8 +297,9 @@ def test_it_learns_at_a_quarter_of_sfts_rates_unless_told_otherwise_and_takes_no
     quarter = dataclasses.replace(cfg, init_lr_frac=cfg.init_lr_frac / 4)
     assert settled(cfg, {"mixture": "tinyworld", "task": "TinyMC:3", "aqua_val_examples": 0}) == quarter
     assert settled(cfg, {"init_lr_frac": 0.4}).init_lr_frac == 0.1
-    told = ChatSFTConfig(source="sft", dpo="x", init_lr_frac=0.3)
-    assert settled(told, {"init_lr_frac": 0.4}) == told
+    for rate in (0.3, cfg.init_lr_frac):
+        told = parse_config(ChatSFTConfig, ["--source=sft", "--dpo=x", f"--init_lr_frac={rate}"])
+        assert settled(told, {"init_lr_frac": 0.4}).init_lr_frac == rate
 
 
 def test_ranks_share_the_work_of_the_start_models_log_probabilities(tmp_path: Path, two_ranks: Any):
@@ -310,7 +308,7 @@ def test_ranks_share_the_work_of_the_start_models_log_probabilities(tmp_path: Pa
 
 
 def one_rank(rt: Runtime, folder: Path) -> None:
-    tokenizer = Tokenizer.train_from_iterator(["who sat on the mat? the cat sat on the mat. " * 20], 300)
+    tokenizer = cat_tokenizer()
     pairs, (model, _) = Preferences(folder / "pairs.jsonl"), models()
     ours = dpo.all_logprobs(model, pairs, tokenizer, 2, rt)
     with torch.no_grad():

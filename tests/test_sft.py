@@ -12,30 +12,26 @@ import pytest
 import torch
 
 from nanochat import checkpoint
-from nanochat.config import InputError
+from nanochat.config import InputError, parse_config
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_sft, mid_train
 from scripts.chat_sft import ChatSFTConfig, loss_sums, settled, tags
-from tests.conftest import save_checkpoint, tiny_gpt
+from tests.tiny_stages import cat_tokenizer, save_d2
 
 SMALL = ["--eval_every=-1", "--eval_metrics_every=-1", "--device_batch_size=2", "--mixture=none"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train_from_iterator(["who sat on the mat? the cat sat on the mat. " * 20], 300)
+    return cat_tokenizer()
 
 
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Path:
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With models d2 of all stages, the SFT one made with settings of its own."""
     monkeypatch.chdir(tmp_path)
-    tokenizer.save(tmp_path / "tokenizer")
-    model = tiny_gpt(vocab_size=300, sequence_len=32)
     for stage, settings in (("base", {}), ("mid", {}), ("sft", {"matrix_lr": 0.5, "mixture": "none"})):
-        meta: dict[str, Any] = {"model_config": model.config.to_dict(), "tokenizer": tokenizer.fingerprint}
-        meta["user_config"] = {"dataset": "tinyworld", **settings}
-        save_checkpoint(checkpoint.tag_directory(stage, "d2"), 7, model, None, meta)
+        save_d2(tmp_path, stage, settings, sequence_len=32)
     return tmp_path
 
 
@@ -137,7 +133,7 @@ def test_what_is_read_and_what_is_written(base: Path):
     assert names(source="sft", model_tag="d2-own", save_tag="y") == ("d2-own", "y")
 
 
-def test_settings_of_the_run_before_stand_where_the_command_has_the_defaults():
+def test_settings_of_the_run_before_stand_where_the_command_gives_none():
     cfg = ChatSFTConfig(matrix_lr=0.3, conversations=("a.jsonl",))
     before = {"matrix_lr": 0.1, "embedding_lr": 0.7, "task": "TinySums:5, TinyMC:3", "eval_metrics_every": -1}
     before |= {"conversations": "b.jsonl", "mixture": "None", "num_epochs": 9, "aqua_train_examples": 0}
@@ -145,6 +141,9 @@ def test_settings_of_the_run_before_stand_where_the_command_has_the_defaults():
         cfg, embedding_lr=0.7, task=("TinySums:5", "TinyMC:3"), eval_metrics_every=None, aqua_train_examples=0
     )
     assert settled(cfg, {"task": "None"}) == cfg
+    default = parse_config(ChatSFTConfig, [f"--matrix_lr={ChatSFTConfig.matrix_lr}", "--eval-metrics-every=200"])
+    assert settled(default, before | {"eval_metrics_every": 7}).matrix_lr == ChatSFTConfig.matrix_lr
+    assert settled(default, before | {"eval_metrics_every": 7}).eval_metrics_every == 200
 
 
 def test_a_warm_start_takes_the_optimizers_state_and_says_where_there_is_none(base: Path, capsys: Any):
