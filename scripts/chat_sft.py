@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from nanochat.report import get_report
 from nanochat.resume import LoopState
 from nanochat.runtime import all_reduce
 from nanochat.saver import Saver
+from nanochat.tokenizer import Tokenizer
 from nanochat.tracking import DUMMY, Tracker
 from nanochat.trainer import Trainer, make_optimizer
 from tasks import mixtures
@@ -244,6 +246,58 @@ def build(
     )
 
 
+@dataclass
+class Evaluations:
+    """What is measured while it trains; preferred: of the held-out pairs, where it learns preferences."""
+
+    cfg: ChatSFTConfig
+    rt: runtime.Runtime
+    trainer: Trainer
+    tokenizer: Tokenizer
+    val: Task
+    preferred: dpo.PreferenceLoss | None
+    loss: float | None = None  # the last one
+
+    def validate(self, state: LoopState) -> None:
+        figures = self._supervised(state) if self.preferred is None else self._preferences(state, self.preferred)
+        self.loss = figures["val_loss"]
+        self.trainer.tracker.log(state.step, **figures)
+
+    def _supervised(self, state: LoopState) -> dict[str, float]:
+        model, rt = self.trainer.model.eval(), self.rt
+        batches = padded(self.val, self.tokenizer, self.cfg.device_batch_size, model.config.sequence_len, rt)
+        token_bytes = self.tokenizer.token_bytes().cpu()
+        sums = together(lambda: loss_sums(model, itertools.islice(batches, self.cfg.eval_steps), token_bytes))
+        sums = sums.to(rt.device) if rt.device.type == "cuda" else sums
+        nats, tokens, text_nats, num_bytes = all_reduce(sums).tolist()
+        loss, bpb = nats / max(1, tokens), text_nats / math.log(2) / max(1, num_bytes)
+        state.record_val_bpb(bpb)
+        print0(f"Step {state.step:05d} | Validation loss: {loss:.6f}")
+        print0(f"Step {state.step:05d} | Validation bpb: {bpb:.4f}")
+        return {"val_loss": loss, "val_bpb": bpb}
+
+    def _preferences(self, state: LoopState, preferred: dpo.PreferenceLoss) -> dict[str, float]:
+        figures = preferred.figures(self.val, self.tokenizer, self.cfg.device_batch_size, self.rt)
+        state.outcome |= {"Preference accuracy": figures["preference_accuracy"], "Preference margin": figures["margin"]}
+        print0(f"Step {state.step:05d} | " + ", ".join(f"{name}: {value:.4f}" for name, value in figures.items()))
+        return figures
+
+    def measure(self, tasks: Sequence[str], state: LoopState) -> None:
+        if state.step == 0:
+            return
+        for name in tasks:
+            result = evaluate_task(
+                eval_task(name),
+                self.trainer.model.eval(),
+                self.tokenizer,
+                self.rt,
+                batch_size=2 * self.cfg.device_batch_size,
+                max_problems=self.cfg.eval_metrics_max_problems,
+            )
+            print0(f"Step {state.step:05d} | {name} accuracy: {result.accuracy:.4f}")
+            self.trainer.tracker.log(state.step, **{f"{name}_acc": result.accuracy})
+
+
 def run(cfg: ChatSFTConfig) -> LoopState:
     rt = runtime.start(cfg.device_type, cfg.seed, cfg.deterministic)
     tag, save_tag = tags(cfg)
@@ -267,54 +321,14 @@ def run(cfg: ChatSFTConfig) -> LoopState:
         )
     trainer = build(cfg, rt, train, model, tokenizer, meta, saved, preference)
     print0(f"Training rows: {len(train):,}\nNumber of iterations: {trainer.num_iterations:,}")
-    losses: list[float] = []
-    token_bytes = tokenizer.token_bytes().cpu()
-
-    def validate(state: LoopState) -> None:
-        model.eval()
-        batches = padded(val, tokenizer, cfg.device_batch_size, model.config.sequence_len, rt)
-        sums = together(lambda: loss_sums(model, itertools.islice(batches, cfg.eval_steps), token_bytes))
-        sums = sums.to(rt.device) if rt.device.type == "cuda" else sums
-        nats, tokens, text_nats, num_bytes = all_reduce(sums).tolist()
-        losses.append(nats / max(1, tokens))
-        bpb = text_nats / math.log(2) / max(1, num_bytes)
-        state.record_val_bpb(bpb)
-        print0(f"Step {state.step:05d} | Validation loss: {losses[-1]:.6f}")
-        print0(f"Step {state.step:05d} | Validation bpb: {bpb:.4f}")
-        trainer.tracker.log(state.step, val_loss=losses[-1], val_bpb=bpb)
-
-    def prefer(state: LoopState) -> None:
-        assert preferred is not None
-        figures = preferred.figures(val, tokenizer, cfg.device_batch_size, rt)
-        losses.append(figures["val_loss"])
-        state.outcome |= {"Preference accuracy": figures["preference_accuracy"], "Preference margin": figures["margin"]}
-        print0(f"Step {state.step:05d} | " + ", ".join(f"{name}: {value:.4f}" for name, value in figures.items()))
-        trainer.tracker.log(state.step, **figures)
-
-    def metrics(state: LoopState) -> None:
-        if state.step == 0:
-            return
-        model.eval()
-        for task in mixtures.SFT_METRICS[name]:
-            result = evaluate_task(
-                eval_task(task),
-                model,
-                tokenizer,
-                rt,
-                batch_size=2 * cfg.device_batch_size,
-                max_problems=cfg.eval_metrics_max_problems,
-            )
-            print0(f"Step {state.step:05d} | {task} accuracy: {result.accuracy:.4f}")
-            trainer.tracker.log(state.step, **{f"{task}_acc": result.accuracy})
-
-    state = trainer.run(
-        [(cfg.eval_every, validate if preference is None else prefer), (cfg.eval_metrics_every, metrics)]
-    )
+    evaluations = Evaluations(cfg, rt, trainer, tokenizer, val, preferred)
+    metrics = partial(evaluations.measure, mixtures.SFT_METRICS[name])
+    state = trainer.run([(cfg.eval_every, evaluations.validate), (cfg.eval_metrics_every, metrics)])
     outcome = {
         "Training rows": len(train),
         "Number of iterations": state.step,
         "Training loss": state.debiased(),
-        "Validation loss": losses[-1] if losses else None,
+        "Validation loss": evaluations.loss,
     }
     old, new = report_config(cfg)
     old["dtype"] = str(rt.dtype).removeprefix("torch.")
