@@ -1,10 +1,10 @@
 """What fine-tuning and reinforcement learning each add on one task: a table of scores on its test split by seed.
 
-    python -m bench.post_training --task=TinyAQUA --source=mid --rows=6000 --sft_steps=190 --rl_steps=56
+    python -m bench.post_training --task=TinyAQUA --source=mid --rows=1000
     python -m bench.post_training --task=TinyWordProblems --sft_steps=0      # RL alone, from the last SFT
 
 Each seed has training rows of its own and samples its own answers. SFT learns tinyworld's mixture and the task's rows
-beside it. Scores are of the test split, greedy; beside them stand the majority answer's score and the exact test of two
+beside it; RL is that of speedrun.sh's cpu tier. Scores are of the test split, greedy; beside them stand the majority answer's score and the exact test of two
 models on the same questions. Questions that were trained on by chance are left out. Each seed replaces the checkpoints
 of the one before, so give this a base directory of its own.
 """
@@ -49,7 +49,8 @@ class PostTrainingConfig:
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None")
     rows: int = flag(6000, "training conversations of the task in SFT, beside tinyworld's mixture")
     sft_steps: int = flag(190, "optimizer steps of 64 conversations; 0 = no fine-tuning")
-    rl_steps: int = flag(56, "optimizer steps of examples_per_step x num_samples answers; 0 = none")
+    rl_steps: int = flag(160, "optimizer steps of examples_per_step x num_samples answers; 0 = none")
+    kl: float = flag(0.1, "weight of RL's KL to the model that it starts from")
     examples_per_step: int = flag(8, "prompts of an RL step")
     num_samples: int = flag(16, "answers to each")
     init_lr_frac: float = flag(0.1, "part of the learning rates that RL starts with")
@@ -106,6 +107,7 @@ def reinforce(cfg: PostTrainingConfig, seed: int) -> None:
             device_batch_size=16,
             max_new_tokens=cfg.max_new_tokens,
             init_lr_frac=cfg.init_lr_frac,
+            kl=cfg.kl,
             eval_every=None,
             save_every=None,
             seed=seed,
