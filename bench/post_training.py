@@ -4,9 +4,9 @@
     python -m bench.post_training --task=TinyWordProblems --sft_steps=0      # RL alone, from the last SFT
 
 Each seed has training rows of its own and samples its own answers. SFT learns tinyworld's mixture and the task's rows
-beside it; RL is that of speedrun.sh's cpu tier. Scores are of the test split, greedy; beside them stand the majority answer's score and the exact test of two
-models on the same questions. Questions that were trained on by chance are left out. Each seed replaces the checkpoints
-of the one before, so give this a base directory of its own.
+beside it; RL is that of speedrun.sh's cpu tier. Scores are of the test split, greedy; beside them stand the majority
+answer's score and the exact test of two models on the same questions. Questions that were trained on by chance are left
+out. Each seed replaces the checkpoints of the one before, so give this a base directory of its own.
 """
 
 from __future__ import annotations

@@ -109,3 +109,10 @@ def scripted_engine(tokenizer: Tokenizer, *ids: int, sequence_len: int = 64) -> 
     assert len(set(ids)) == len(ids)
     then = dict(pairwise(ids))
     return Engine(ScriptedModel(then, tokenizer.get_vocab_size(), sequence_len), tokenizer)  # type: ignore[arg-type]
+
+
+def engine_that_says(*ids: int, sequence_len: int = 64) -> Engine:
+    """Answers so, whatever it is asked."""
+    return scripted_engine(
+        TOKENIZER, special("assistant_start"), *ids, special("assistant_end"), sequence_len=sequence_len
+    )
