@@ -20,7 +20,6 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +254,7 @@ class Evaluations:
     trainer: Trainer
     tokenizer: Tokenizer
     val: Task
+    tasks: Sequence[str]
     preferred: dpo.PreferenceLoss | None
     loss: float | None = None  # the last one
 
@@ -282,10 +282,10 @@ class Evaluations:
         print0(f"Step {state.step:05d} | " + ", ".join(f"{name}: {value:.4f}" for name, value in figures.items()))
         return figures
 
-    def measure(self, tasks: Sequence[str], state: LoopState) -> None:
+    def metrics(self, state: LoopState) -> None:
         if state.step == 0:
             return
-        for name in tasks:
+        for name in self.tasks:
             result = evaluate_task(
                 eval_task(name),
                 self.trainer.model.eval(),
@@ -321,9 +321,8 @@ def run(cfg: ChatSFTConfig) -> LoopState:
         )
     trainer = build(cfg, rt, train, model, tokenizer, meta, saved, preference)
     print0(f"Training rows: {len(train):,}\nNumber of iterations: {trainer.num_iterations:,}")
-    evaluations = Evaluations(cfg, rt, trainer, tokenizer, val, preferred)
-    metrics = partial(evaluations.measure, mixtures.SFT_METRICS[name])
-    state = trainer.run([(cfg.eval_every, evaluations.validate), (cfg.eval_metrics_every, metrics)])
+    evaluations = Evaluations(cfg, rt, trainer, tokenizer, val, mixtures.SFT_METRICS[name], preferred)
+    state = trainer.run([(cfg.eval_every, evaluations.validate), (cfg.eval_metrics_every, evaluations.metrics)])
     outcome = {
         "Training rows": len(train),
         "Number of iterations": state.step,

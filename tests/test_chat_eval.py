@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -539,7 +540,7 @@ def test_chat_core_of_published_figures():
 def test_flags_have_the_references_order_names_and_letters():
     argv = "-i rl -a GSM8K|MMLU -d float32 -t 0.5 -m 64 -n 4 -k 0 -b 2 -g d4 -s 60 -x 10 --device-type cpu".split()
     cfg = parse_config(chat_eval.ChatEvalConfig, argv)
-    assert list(vars(cfg).items()) == [
+    assert list(dataclasses.asdict(cfg).items()) == [
         ("source", "rl"),
         ("task_name", "GSM8K|MMLU"),
         ("dtype", "float32"),
