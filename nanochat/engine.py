@@ -316,18 +316,18 @@ class Engine:
         idx = torch.zeros(len(rows), T, dtype=torch.int64)
         for i, (row, n) in enumerate(group):
             idx[i, :n] = torch.tensor(row.prompt[row.length : row.length + n])
-        x = self.model.features(idx.to(self.model.device), self.slots.view(rows, T))  # (B, T, C)
+        last = torch.tensor([[n - 1] for _, n in group])
+        device = self.model.device
+        x = self.model.features(idx.to(device), self.slots.view(rows, T), last.to(device))[:, 0]  # (B, C)
         for row, n in group:
             row.length += n
             self.prompt_tokens += n
-        ends = [(i, n - 1) for i, (row, n) in enumerate(group) if row.length == len(row.prompt)]
-        place = {rows[i]: at for at, (i, _) in enumerate(ends)}
+        place = {row: i for i, row in enumerate(rows) if row.length == len(row.prompt)}
         for row, source in self.slots.copy_shared():  # equal prompts get equal logits
             place[row] = place[source]
         if place:
-            i, at = torch.tensor(ends).T
             complete += place
-            logits.append(self._logits(x[i, at])[list(place.values())])
+            logits.append(self._logits(x)[list(place.values())])
 
     def _logits(self, x: Tensor) -> Tensor:
         """(B, C) features -> (B, V), on a CPU in a buffer."""

@@ -117,6 +117,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
+def pick(x: Tensor, at: Tensor | None) -> Tensor:
+    """Positions at (B, Q) of x (B or 1, T, ...) -> (B, Q, ...); None = all."""
+    if at is None:
+        return x
+    return x.expand(len(at), *x.shape[1:])[torch.arange(len(at), device=at.device)[:, None], at]
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -133,23 +140,36 @@ class Attention(nn.Module):
         if layer in config.shape.value_layers:
             self.value_gate = Linear(min(GATE_CHANNELS, C), config.n_kv_head)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], slots: Slots | None, values: Tensor | None) -> Tensor:
-        """x: (B, T, C) normalised; values: (B, T, H_kv*D), what the tokens' ids add to the values."""
-        B, T, C = x.shape
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        slots: Slots | None,
+        values: Tensor | None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """x: (B, T, C) normalised; values: (B, T, H_kv*D), what the tokens' ids add to the values; at: (B, Q), the
+        positions that ask, None = all. Returns (B, Q, C)."""
+        T = x.size(1)
         D = self.config.head_dim
-        q = self.c_q(x).view(B, T, -1, D)
-        k = self.c_k(x).view(B, T, -1, D)
-        v = self.c_v(x).view(B, T, -1, D)
+        q = self.c_q(pick(x, at)).unflatten(-1, (-1, D))
+        k = self.c_k(x).unflatten(-1, (-1, D))
+        v = self.c_v(x).unflatten(-1, (-1, D))
         if values is not None:
             gate = 3 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, H_kv)
             v = v + gate[..., None] * values.view(v.shape)
-        q, k = norm(rotate(q, *rope)), norm(rotate(k, *rope))
-        if slots is None:
-            y = causal_attention(q, offset_keys(k) if self.offsets_keys else k, v, self.window)
-        else:
+        q, k = norm(rotate(q, pick(rope[0], at), pick(rope[1], at))), norm(rotate(k, *rope))
+        if slots is not None:
             k, v = slots.cache.insert(self.layer, k, v, slots.positions, slots.end)
-            y = cached_attention(q, k, v, slots.positions, self.window)
-        return self.c_proj(y.reshape(B, T, C))
+        elif self.offsets_keys:
+            k = offset_keys(k)
+        if slots is not None and slots.end > T:  # something came before
+            at = pick(slots.positions, at)
+        if at is None:
+            y = causal_attention(q, k, v, self.window)
+        else:
+            y = cached_attention(q, k, v, at, self.window)
+        return self.c_proj(y.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -168,9 +188,16 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], slots: Slots | None, values: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        slots: Slots | None,
+        values: Tensor | None,
+        at: Tensor | None = None,
+    ) -> Tensor:
         dtype = rope[0].dtype  # of the matmuls; the stream x may be wider
-        x = x + self.attn(norm(x).to(dtype), rope, slots, values)
+        x = pick(x, at) + self.attn(norm(x).to(dtype), rope, slots, values, at)
         return x + self.mlp(norm(x).to(dtype))
 
 
@@ -330,8 +357,12 @@ class GPT(nn.Module):
         x, targets = x.view(-1, x.size(-1)), targets.reshape(-1)
         return linear_cross_entropy(x, self.lm_head.weight, targets, LOGIT_CAP, reduction)
 
-    def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) token ids -> (B, T, C), the normalised residual stream that the head reads."""
+    def features(self, idx: Tensor, cache: KVCache | None = None, at: Tensor | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, C), the normalised residual stream that the head reads.
+
+        at: (B, Q) int64, the positions of idx that are wanted; the last block then makes only keys and values of the
+        others. Returns (B, Q, C).
+        """
         T = idx.size(1)
         if cache is None:
             self._check_span(T)
@@ -357,10 +388,11 @@ class GPT(nn.Module):
             if bigrams is not None:
                 x = x + self.bigram_lambdas[i].to(stream) * bigrams
             values = value_embeds[i](idx).to(dtype) if i in value_embeds else None
+            wanted = at if i == self.config.n_layer - 1 else None
             if self.recompute and self.training:
-                x = checkpoint(block, x, rope, slots, values, use_reentrant=False)
+                x = checkpoint(block, x, rope, slots, values, wanted, use_reentrant=False)
             else:
-                x = block(x, rope, slots, values)
+                x = block(x, rope, slots, values, wanted)
         if cache is not None:
             cache.lengths = cache.lengths + T
         return norm(x).to(dtype)

@@ -1,4 +1,4 @@
-"""What every test stands on: no home folder, fp32 on two threads, no launcher's or user's environment."""
+"""What every test stands on: no home folder, fp32 on few threads, no launcher's or user's environment."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 
 HUB = Path(__file__).parent.parent.parent / "shared" / "hub"
+# Beside others on the same cores a second thread only makes the first one wait.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 RANK_SECONDS = 300  # mostly the import of torch, where many share the machine
 FOREIGN = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -29,11 +31,13 @@ FOREIGN = (
 @pytest.fixture(scope="session", autouse=True)
 def _no_foreign_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For the fixtures that live longer than a test."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     with pytest.MonkeyPatch.context() as patch:
         for name in FOREIGN:
             patch.delenv(name, raising=False)
         patch.setenv("NANOCHAT_DTYPE", "float32")
+        patch.setenv("HF_HUB_OFFLINE", "1")  # what is not on disk is refused at once, not after five tries
+        patch.setenv("OMP_NUM_THREADS", str(THREADS))  # of the processes that tests start
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("base")))
         yield
 

@@ -7,7 +7,8 @@ setup
 
 python -m ruff check
 python -m ruff format --check
-python -m pytest -m "not slow" "$@"
+# a file stays in one process, which keeps what its tests share; four of torch fit into a small memory
+python -m pytest -m "not slow" -n auto --maxprocesses=4 --dist=loadfile "$@"
 # the crates are in cargo's cache since the build; without a network cargo must be told so
 for crate in rustbpe rustdecode; do
     cargo test --quiet --locked --manifest-path $crate/Cargo.toml ||

@@ -194,7 +194,7 @@ def test_a_letter_of_two_tokens_is_refused(model, tokenizer):
 @pytest.mark.parametrize(("extra", "cropped"), [(0, 0), (1, 1), (40, 1)])
 def test_a_prompt_beyond_the_context_loses_its_beginning_but_not_bos(model, tokenizer, monkeypatch, extra, cropped):
     seen = []
-    monkeypatch.setattr(model, "features", lambda idx: seen.append(idx[0].tolist()) or torch.zeros(*idx.shape, 32))
+    monkeypatch.setattr(model, "features", lambda idx, at: seen.append(idx[0].tolist()) or torch.zeros(*at.shape, 32))
     whole = tokenizer.render_for_completion(Letters(1)[0])
     monkeypatch.setattr(model, "config", GPTConfig(len(whole) - extra, 300, 2, 2, 2, 32))
     result = evaluate_task(Letters(1), model, tokenizer, RT)

@@ -219,6 +219,24 @@ def test_logits_with_a_cache_are_those_of_a_full_forward_however_the_tokens_are_
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("before", [None, 0, 4])  # in a cache
+@torch.no_grad()
+def test_features_of_some_positions_are_those_of_all(arch, before):
+    model, idx = tiny_gpt(arch=arch, n_kv_head=2), some_ids(3, 12)
+    at = torch.tensor([[0, 5, 5], [7, 2, 1], [7, 7, 7]])
+    cache = None if before is None else model.new_cache(batch_size=3, max_len=20)
+    if before:
+        model(idx[:, :before], cache=cache)
+    start = before or 0
+    wanted = model.features(idx[:, : start + 8])[:, start:].gather(1, at[..., None].expand(-1, -1, 32))
+    found = model.features(idx[:, start : start + 8], cache, at)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    if cache is not None:  # and what comes later finds all that it needs
+        rest = model.features(idx[:, start + 8 :], cache)
+        torch.testing.assert_close(rest, model.features(idx)[:, start + 8 :], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @torch.no_grad()
 def test_rows_of_different_lengths_in_one_padded_batch_go_on_as_if_each_were_alone(arch):
     model = tiny_gpt(arch=arch, n_kv_head=2)

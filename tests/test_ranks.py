@@ -165,8 +165,8 @@ class Uniform:
             out_of_memory()
         return torch.zeros(*idx.shape, 257) if targets is None else torch.zeros(targets.numel())
 
-    def features(self, idx: torch.Tensor) -> torch.Tensor:
-        return self(idx)
+    def features(self, idx: torch.Tensor, cache: None = None, at: torch.Tensor | None = None) -> torch.Tensor:
+        return self(idx if at is None else at)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         return x

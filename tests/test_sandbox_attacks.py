@@ -136,7 +136,7 @@ print('ESCAPED')""",
     "writing outside": (EVERYWHERE, "open({canary!r}, 'a').write('x')\nprint('ESCAPED')"),
     "writing outside by ..": (
         EVERYWHERE,
-        "open('../../../../../../..' + {canary!r}, 'a').write('x')\nprint('ESCAPED')",
+        "open('../' * 30 + {canary!r}, 'a').write('x')\nprint('ESCAPED')",
     ),
     "writing outside, low level": (
         EVERYWHERE,

@@ -91,11 +91,11 @@ class ScriptedModel:
     def new_cache(self, batch_size: int, max_len: int) -> KVCache:
         return KVCache(self.config, batch_size, max_len, self.device, self.compute_dtype)
 
-    def features(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def features(self, idx: torch.Tensor, cache: KVCache, at: torch.Tensor | None = None) -> torch.Tensor:
         self.rows_fed.append(idx.size(0))
         cache.previous(idx, cache.lengths[:, None] + torch.arange(idx.size(1)))
         cache.lengths = cache.lengths + idx.size(1)
-        return idx[..., None]
+        return (idx if at is None else idx.gather(1, at))[..., None]
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         return self.table[x[..., 0]]

@@ -251,9 +251,8 @@ class Categorical:
         lengths = torch.tensor([len(p) for p in prompts], device=self.model.device)
         T, pad = int(lengths.max()), self.tokenizer.get_bos_token_id()
         rows = [p + [pad] * (T - len(p)) for p in prompts]  # at the end, where causal attention ignores it
-        x = self.model.features(torch.tensor(rows, device=self.model.device))  # (B, T, C)
-        last = x[torch.arange(len(rows), device=x.device), lengths - 1]  # (B, C)
-        logits = self.model.logits(last).float().cpu()  # (B, V): only where an answer is read, not (B, T, V)
+        x = self.model.features(torch.tensor(rows, device=self.model.device), at=lengths[:, None] - 1)[:, 0]  # (B, C)
+        logits = self.model.logits(x).float().cpu()  # (B, V): only where an answer is read, not (B, T, V)
         return [[self.choose(c, row)] for c, row in zip(conversations, logits, strict=True)]
 
     def choose(self, conversation: Mapping[str, Any], row: torch.Tensor) -> Answer:

@@ -31,7 +31,6 @@ MAX_TOKENS = {"cuda": 2**16}
 MAX_TOKENS_ELSEWHERE = 2**12
 MAX_CACHE_BYTES = {"cuda": 4 << 30}
 MAX_CACHE_BYTES_ELSEWHERE = 256 << 20
-PREFILL_TOKENS = 256  # of a row at a time: a cache compares them with all keys up to the last of them
 MIN_SAVED_TOKENS = 32  # an example with fewer to share than this is not worth a cache
 LOGITS_AT_ONCE = 2**25  # elements
 NEAREST = 2  # examples of each task that are scored both ways to see how far the two differ; then twice as many, ...
@@ -121,19 +120,12 @@ def padded(rows: Sequence[Row], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(ids).to(device)
 
 
-def features_at(model: Any, idx: torch.Tensor, at: torch.Tensor, cache: Any = None) -> torch.Tensor:
-    """(B, Q, C) features of the positions `at` (B, Q) of idx (B, T)."""
-    parts = idx.split(PREFILL_TOKENS, 1) if cache is not None else [idx]
-    x = torch.cat([model.features(part, cache) for part in parts], 1)  # (B, T, C)
-    return x[torch.arange(len(idx), device=idx.device)[:, None], at]
-
-
 @torch.no_grad()
 def score_rows(model: Any, rows: Sequence[Row], sums: Sequence[Sums], device: torch.device, cache: Any = None) -> None:
     """Run rows through the model and add what the scored tokens lose."""
     places = [sorted({span.first + i for span in row.spans for i in range(len(span.targets))}) or [0] for row in rows]
     at = np.array([line + line[-1:] * (max(map(len, places)) - len(line)) for line in places])  # (B, Q)
-    x = features_at(model, padded(rows, device), torch.from_numpy(at).to(device), cache)  # (B, Q, C)
+    x = model.features(padded(rows, device), cache, torch.from_numpy(at).to(device))  # (B, Q, C)
     spans = [(r, span, places[r].index(span.first)) for r, row in enumerate(rows) for span in row.spans]
     if not spans:
         return
