@@ -122,11 +122,12 @@ def test_both_modes_write_the_same_table(base, own_text, tmp_path):
     assert len(list((base / "core_requests").iterdir())) == 2
 
 
-def test_the_benchmark_times_both_modes_on_the_same_examples(base, own_text, tmp_path, capsys):
+def test_the_benchmark_times_both_modes_and_compares_them_on_some_examples(base, own_text, tmp_path, capsys):
     save_model(base, own_text)
     bundle = write_bundle(tmp_path / "b", ["copa", "boolq"])
-    result = evals.run(evals.EvalsConfig(bundle=bundle, max_per_task=3, dtype="float32", device="cpu", threads=1))
-    assert result["examples"] == 6 and result["different_predictions"] == 0
+    sizes = {"max_per_task": 3, "one_by_one": 2, "dtype": "float32", "device": "cpu", "threads": 1}
+    result = evals.run(evals.EvalsConfig(bundle=bundle, **sizes))
+    assert (result["examples"], result["compared"], result["different_predictions"]) == (6, 4, 0)
     assert result["ratio"] == pytest.approx(result["identity_seconds"] / result["fast_seconds"])
     *_, whole, empty, line = capsys.readouterr().out.splitlines()
     assert whole.startswith("| the bundle, scaled | 12 |") and not empty and json.loads(line) == result

@@ -144,6 +144,17 @@ def evaluate_core(
     return _identity(model, tokenizer, rt, bundle, items)
 
 
+def answer_one(
+    model: Any, tokenizer: Any, rt: Runtime, task: CoreTask, shuffled: list[Item], num_examples: int, i: int
+) -> tuple[int, int, int]:
+    """Item i by the plain rule: (prediction, tokens of its longest prompt, of its longest answer)."""
+    example = make_example(task, shuffled, i, num_examples, tokenizer)
+    longest = max(len(p.ids) for p in example.prompts)
+    answer = max(len(p.ids) - p.start for p in example.prompts)
+    scores = score_example(model, example.crop(max_context(model)), rt.device)
+    return choose(task.kind, scores), longest, answer
+
+
 def _identity(
     model: Any, tokenizer: Any, rt: Runtime, bundle: Bundle, items: Sequence[tuple[list[Item], int]]
 ) -> CoreResult:
@@ -153,11 +164,7 @@ def _identity(
         def answer_mine(task: CoreTask = task, shuffled: list[Item] = shuffled, n: int = num_examples) -> torch.Tensor:
             found = torch.zeros(3, n, dtype=torch.int64)  # prediction, length of the longest prompt, of an answer
             for i in range(rt.rank, n, rt.world_size):
-                example = make_example(task, shuffled, i, n, tokenizer)
-                longest = max(len(p.ids) for p in example.prompts)
-                answer = max(len(p.ids) - p.start for p in example.prompts)
-                scores = score_example(model, example.crop(limit), rt.device)
-                found[:, i] = torch.tensor([choose(task.kind, scores), longest, answer])
+                found[:, i] = torch.tensor(answer_one(model, tokenizer, rt, task, shuffled, n, i))
             return found.to(rt.device)
 
         t0 = time.perf_counter()
