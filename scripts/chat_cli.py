@@ -32,7 +32,7 @@ class ChatCliConfig:
     source: str = flag("sft", "stage whose checkpoint to load", choices=("mid", "sft", "rl"), short="-i")
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest, d4 before d4-own", short="-g")
     step: int | None = flag(None, "checkpoint step; None = the last", short="-s")
-    prompt: str | None = flag(None, "answer this and exit; - = all of the standard input", off="", short="-p")
+    prompt: str | None = flag(None, "answer this and exit; - = all of the standard input", short="-p")
     temperature: float = flag(0.6, "0 = always the most likely token", short="-t")
     top_k: int | None = flag(50, "sample among the k most likely tokens", off=0, short="-k")
     device_type: str | None = flag(None, "cuda, mps or cpu; empty = the best there is", off="")

@@ -69,6 +69,7 @@ def test_a_closed_standard_input_is_an_empty_one(scripted, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "stdin", "reason"),
     [
+        (["-p", ""], "", "the prompt is empty"),
         (["-p", "  "], "", "the prompt is empty"),
         (["-p", "-"], "\n", "the prompt is empty"),
         (["-p", "x" * 100], "", "context is 64; shorten it"),
