@@ -150,7 +150,6 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x: (B, T, C) normalised; values: (B, T, H_kv*D), what the tokens' ids add to the values; at: (B, Q), the
         positions that ask, None = all. Returns (B, Q, C)."""
-        T = x.size(1)
         D = self.config.head_dim
         q = self.c_q(pick(x, at)).unflatten(-1, (-1, D))
         k = self.c_k(x).unflatten(-1, (-1, D))
@@ -163,7 +162,9 @@ class Attention(nn.Module):
             k, v = slots.cache.insert(self.layer, k, v, slots.positions, slots.end)
         elif self.offsets_keys:
             k = offset_keys(k)
-        if slots is not None and slots.end > T:  # something came before
+        # Where nothing came before, the faster way. Not on a CPU: it is no faster there, and oneDNN keeps what it made
+        # for each shape (see `linear`).
+        if slots is not None and (slots.end > x.size(1) or x.device.type == "cpu"):
             at = pick(slots.positions, at)
         if at is None:
             y = causal_attention(q, k, v, self.window)
