@@ -245,7 +245,7 @@ class Categorical:
             self.letter_ids[letter] = ids[0]
         return self.letter_ids[letter]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def solve(self, conversations: Sequence[Mapping[str, Any]], prompts: Sequence[list[int]]) -> list[list[Answer]]:
         """One answer to each."""
         lengths = torch.tensor([len(p) for p in prompts], device=self.model.device)

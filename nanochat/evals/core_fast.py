@@ -120,7 +120,7 @@ def padded(rows: Sequence[Row], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(ids).to(device)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def score_rows(model: Any, rows: Sequence[Row], sums: Sequence[Sums], device: torch.device, cache: Any = None) -> None:
     """Run rows through the model and add what the scored tokens lose."""
     places = [sorted({span.first + i for span in row.spans for i in range(len(span.targets))}) or [0] for row in rows]

@@ -29,7 +29,7 @@ def make_example(task: CoreTask, items: Sequence[Item], index: int, num_examples
     return Example(task.kind, tuple(prompts), right_answer(task.kind, items[index]))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def score_example(model: Any, example: Example, device: torch.device) -> list[Score]:
     """One forward pass over all options, and all logits of it."""
     T = max(len(p.ids) for p in example.prompts)

@@ -80,7 +80,7 @@ class LanguageModel:
             answers.append(text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))])
         return answers
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def score(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         """(ids, start) -> (log-probability of ids[start:], is each of them the likeliest), `batch_size` at a time."""
         scores: list[Any] = [None] * len(rows)
