@@ -29,6 +29,8 @@ ROPE_BASE = 10_000.0
 ROPE_SPAN = 10  # rotary tables reach this many times sequence_len
 BIGRAM_SIGNS = 1024
 
+Rope = tuple[Tensor, Tensor]  # cos and sin, (1 or B, T, 1, D/2)
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -140,14 +142,7 @@ class Attention(nn.Module):
         if layer in config.shape.value_layers:
             self.value_gate = Linear(min(GATE_CHANNELS, C), config.n_kv_head)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        slots: Slots | None,
-        values: Tensor | None,
-        at: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, slots: Slots | None, values: Tensor | None, at: Tensor | None) -> Tensor:
         """x: (B, T, C) normalised; values: (B, T, H_kv*D), what the tokens' ids add to the values; at: (B, Q), the
         positions that ask, None = all. Returns (B, Q, C)."""
         D = self.config.head_dim
@@ -189,14 +184,7 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        slots: Slots | None,
-        values: Tensor | None,
-        at: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, slots: Slots | None, values: Tensor | None, at: Tensor | None) -> Tensor:
         dtype = rope[0].dtype  # of the matmuls; the stream x may be wider
         x = pick(x, at) + self.attn(norm(x).to(dtype), rope, slots, values, at)
         return x + self.mlp(norm(x).to(dtype))
