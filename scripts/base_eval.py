@@ -3,13 +3,14 @@
     python -m scripts.base_eval --max-per-task=16                    # a first look on one machine
     torchrun --nproc_per_node=8 -m scripts.base_eval                 # all examples
 
-Reads base_checkpoints/<tag>/ and an evaluation bundle; writes base_eval/<model>.csv. A model trained on
-tinyworld gets tinyworld's own bundle, and its score is never called CORE. The tokenized examples are kept in
-core_requests/ for the next time.
+Reads base_checkpoints/<tag>/ and an evaluation bundle; writes base_eval/<model>.csv, and <model>.jsonl with each
+prediction. A model trained on tinyworld gets tinyworld's own bundle, and its score is never called CORE. The tokenized
+examples are kept in core_requests/ for the next time.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,13 @@ def format_csv(result: CoreResult) -> str:
     name = "CORE" if result.metric_name == "CORE metric" else result.metric_name
     rows.append(f"{name:<35}, {'':<10}, {result.core_metric:<10.6f}")
     return "\n".join(rows) + "\n"
+
+
+def format_predictions(result: CoreResult) -> str:
+    """A line a task, in the order of its examples: the option chosen (-1 = the model gave no number) and the right one;
+    of a language modeling task, 1 = each token of the continuation was the most likely one."""
+    lines = [{"task": t.label, "predictions": t.predictions, "right": t.right} for t in result.tasks]
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def report_items(result: CoreResult, step: int) -> list[dict[str, Any]]:
@@ -90,6 +98,7 @@ def run(cfg: BaseEvalConfig) -> CoreResult:
     if rt.is_master:
         path = environment.base_dir() / "base_eval" / f"base_model_{step:06d}.csv"
         write_atomically(path, format_csv(result))
+        write_atomically(path.with_suffix(".jsonl"), format_predictions(result))
         low, high = result.interval
         print(
             f"{result.metric_name}: {result.core_metric:.4f} +- {result.stderr:.4f} (95% {low:.4f} to {high:.4f}; "

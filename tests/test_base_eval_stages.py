@@ -81,6 +81,9 @@ def test_base_eval_writes_scores_to_the_report_and_the_table(base, own_text, tmp
     accuracy, centered = (float(cell) for cell in copa.split(",")[1:])
     assert accuracy in (0, 0.25, 0.5, 0.75, 1) and centered == 2 * accuracy - 1
     assert mean.startswith("CORE metric (2 of 22 tasks)") and boolq.startswith("boolq   ")
+    found, _ = map(json.loads, (base / "base_eval" / "base_model_000007.jsonl").read_text().splitlines())
+    assert found["task"] == "copa" and len(found["predictions"]) == len(found["right"]) == 4
+    assert sum(x == y for x, y in zip(found["predictions"], found["right"], strict=True)) / 4 == accuracy
 
 
 def test_a_score_on_tinyworld_is_never_reported_as_core():
@@ -111,14 +114,16 @@ def test_a_tasks_line_has_its_counts_its_interval_and_the_controls():
     )
 
 
-def test_both_modes_write_the_same_table(base, own_text, tmp_path):
+def test_both_modes_write_the_same_scores_and_predictions(base, own_text, tmp_path):
     save_model(base, own_text)
     bundle = write_bundle(tmp_path / "b", ["copa", "boolq"])
-    tables = []
+    written = []
     for mode in ("fast", "identity"):
         base_eval.main([f"--bundle={bundle}", f"--mode={mode}", "--device_type", "cpu"])
-        tables.append((base / "base_eval" / "base_model_000007.csv").read_text())
-    assert tables[0] == tables[1]
+        files = sorted((base / "base_eval").iterdir())
+        assert [file.name for file in files] == ["base_model_000007.csv", "base_model_000007.jsonl"]
+        written.append([file.read_text() for file in files])
+    assert written[0] == written[1]
     assert len(list((base / "core_requests").iterdir())) == 2
 
 

@@ -47,6 +47,7 @@ class TaskScore:
     num_cut: int = 0  # of these, whose answer alone is longer: only its end was scored
     num_unscored: int = 0  # the model gave no number; counted as wrong
     predictions: tuple[int, ...] = field(default=(), repr=False)
+    right: tuple[int, ...] = field(default=(), repr=False)  # what they should have been
     seconds: float = field(default=0.0, compare=False)  # of a rank
 
     @property
@@ -212,6 +213,7 @@ def _judge(
         num_cut=int(is_cut.sum()),
         num_unscored=int((predictions == UNSCORED).sum()),
         predictions=tuple(predictions.tolist()),
+        right=tuple(right.tolist()),
     )
 
 
