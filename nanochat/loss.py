@@ -37,7 +37,8 @@ class SoftCap(NamedTuple):
 
 def capped(u: Tensor, cap: SoftCap) -> Tensor:
     """(..., V) outputs of the head -> (..., V) fp32 logits: in bf16 a logit near 15 would be off by up to 0.03."""
-    return cap.cap * torch.tanh((u.to(_wide(u.dtype)) + cap.shift) / cap.scale)
+    shifted = u.to(_wide(u.dtype)) + cap.shift
+    return cap.cap * shifted.div_(cap.scale).tanh_()  # in place: there may be gigabytes of them
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: SoftCap, reduction: str = "mean") -> Tensor:
