@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rustdecode
-from nanochat.gpt import GPT, LOGIT_CAP, Linear, norm
+from nanochat.gpt import GPT, LOGIT_CAP, norm
 from nanochat.kv_cache import KVCache
+from nanochat.linear import Linear
 from nanochat.quantize import Int8Linear
 
 # What torch's own threads start by, if its OpenMP is GCC's or one that has this name too.

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.attention import cached_attention, causal_attention
 from nanochat.config import InputError
 from nanochat.kv_cache import KVCache, Slots, offset_keys
+from nanochat.linear import Linear
 from nanochat.loss import SoftCap, capped, linear_cross_entropy
 from nanochat.scaling import ARCHS, EXTRAS, GATE_CHANNELS, Shape, bigram_rows, windows
 
@@ -89,30 +90,6 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-class Linear(nn.Linear):
-    """No bias; weights live in fp32 for the optimizer and are cast to the activations' dtype here."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__(n_in, n_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.to(x.dtype))
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear. For inference in bf16 on a CPU it adds zero rows: x then has one of four numbers of rows an octave.
-
-    oneDNN writes a program for each shape that it meets, in some 1.5 ms, and keeps 1,024 of them, 0.7 MB each
-    (measured: AMX, torch 2.15), while the prompts that an engine computes together have any number of tokens.
-    """
-    if not torch.is_inference_mode_enabled() or x.device.type != "cpu" or x.dtype != torch.bfloat16:
-        return F.linear(x, weight)
-    flat = x.flatten(0, -2)
-    step = 1 << max(0, len(flat).bit_length() - 3)
-    padded = F.pad(flat, (0, 0, 0, -len(flat) % step))
-    return F.linear(padded, weight)[: len(flat)].view(*x.shape[:-1], len(weight))
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, halves layout. x: (B, T, H, D); cos, sin: (1 or B, T, 1, D/2)."""
     x1, x2 = x.chunk(2, dim=-1)
@@ -158,7 +135,7 @@ class Attention(nn.Module):
         elif self.offsets_keys:
             k = offset_keys(k)
         # Where nothing came before, the faster way. Not on a CPU: it is no faster there, and oneDNN keeps what it made
-        # for each shape (see `linear`).
+        # for each shape (see linear.py).
         if slots is not None and (slots.end > x.size(1) or x.device.type == "cpu"):
             at = pick(slots.positions, at)
         if at is None:

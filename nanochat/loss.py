@@ -18,7 +18,10 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from nanochat.linear import rows_to_add
 
 # A chunk's logits: on a CPU they, and their softmax beside them, fit a last-level cache; 1 to 8 MB measured the same.
 CHUNK_BYTES_CPU = 4 << 20
@@ -104,6 +107,26 @@ def _chunks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (N,), and the gradients of sum(row_weights * losses) by x and by weight, empty where not needed.
     row_weights: (N,) or None = 1."""
+    if x.device.type != "cpu" or (targets != -1).all():  # on a GPU, to ask would be to wait for it
+        return _all_chunks(x, weight, targets, cap, needs, row_weights)
+    at = (targets != -1).nonzero()[:, 0]
+    n, extra = len(at), rows_to_add(x[at])
+    some, some_targets = F.pad(x[at], (0, 0, 0, extra)), F.pad(targets[at], (0, extra), value=-1)
+    some_weights = None if row_weights is None else F.pad(row_weights[at], (0, extra))
+    losses, dx, dw = _all_chunks(some, weight, some_targets, cap, needs, some_weights)
+    losses = losses.new_zeros(len(x)).index_copy_(0, at, losses[:n])
+    return losses, dx.new_zeros(x.shape).index_copy_(0, at, dx[:n]) if needs[0] else dx, dw
+
+
+def _all_chunks(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cap: Sequence[float],
+    needs: Sequence[bool],
+    row_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same; rows that are not counted take as long as the others."""
     N, V = x.size(0), weight.size(0)
     cap = SoftCap(*cap)
     counted = (targets != -1).to(_wide(x.dtype))

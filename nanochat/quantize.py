@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nanochat.gpt import GPT, Linear, linear
+from nanochat.gpt import GPT
+from nanochat.linear import Linear, linear
 
 QUANTIZED = ("int8",)
 

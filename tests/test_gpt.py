@@ -9,8 +9,9 @@ import torch
 
 from nanochat import attention
 from nanochat.config import InputError
-from nanochat.gpt import GPT, GPTConfig, Linear, rope_tables, rotate
+from nanochat.gpt import GPT, GPTConfig, rope_tables, rotate
 from nanochat.kv_cache import KVCache, offset_keys
+from nanochat.linear import Linear, rows_to_add
 from nanochat.quantize import Int8Linear
 from nanochat.scaling import ARCHS, EXTRAS
 from tests.conftest import tiny_gpt
@@ -180,16 +181,24 @@ def test_grouped_heads_equal_a_full_model_with_repeated_key_and_value_heads():
 
 
 @pytest.mark.parametrize("linear", [Linear(16, 8), Int8Linear(torch.randn(8, 16))], ids=["plain", "int8"])
-def test_an_engine_multiplies_few_shapes_on_a_cpu_of_which_each_would_take_memory(monkeypatch, linear):
+def test_a_layer_multiplies_few_shapes_on_a_cpu_of_which_each_would_take_time_and_memory(monkeypatch, linear):
     sizes, plain = [0], torch.nn.functional.linear
     x = torch.randn(512, 1, 16, dtype=torch.bfloat16)
     wanted = linear(x)
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: sizes.append(len(x)) or plain(x, w))
-    with torch.inference_mode():
-        for rows in range(513):
-            torch.testing.assert_close(linear(x[:rows]), wanted[:rows])
-            assert rows <= sizes[-1] <= 1.25 * rows
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: sizes.append(x.numel() // 16) or plain(x, w))
+    for rows in range(513):
+        torch.testing.assert_close(linear(x[:rows]), wanted[:rows])
+        assert rows <= sizes[-1] <= 1.25 * rows
     assert len(set(sizes)) <= 33
+
+
+def test_rows_of_zeros_that_round_a_shape_up_change_no_gradient():
+    layer = Linear(16, 8)
+    x, upstream = torch.randn(13, 16, dtype=torch.bfloat16, requires_grad=True), torch.randn(13, 8).bfloat16()
+    plain = torch.nn.functional.linear(x, layer.weight.bfloat16())
+    assert rows_to_add(x) == 1
+    got, wanted = (torch.autograd.grad((y * upstream).sum(), (x, layer.weight)) for y in (layer(x), plain))
+    torch.testing.assert_close(got, wanted)
 
 
 def test_the_soft_cap_is_computed_in_fp32_even_in_a_bf16_model():
