@@ -49,6 +49,7 @@ class PostTrainingConfig:
     model_tag: str | None = flag(None, "checkpoint tag; None = the deepest model", off="None")
     rows: int = flag(6000, "training conversations of the task in SFT, beside tinyworld's mixture")
     sft_steps: int = flag(190, "optimizer steps of 64 conversations; 0 = no fine-tuning")
+    sft_lr_frac: float = flag(0.4, "part of the learning rates that SFT starts with")
     rl_steps: int = flag(160, "optimizer steps of examples_per_step x num_samples answers; 0 = none")
     kl: float = flag(0.1, "weight of RL's KL to the model that it starts from")
     examples_per_step: int = flag(8, "prompts of an RL step")
@@ -88,7 +89,7 @@ def fine_tune(cfg: PostTrainingConfig, rows: Sequence[Row]) -> None:
             num_iterations=cfg.sft_steps,
             target_examples_per_step=64,
             device_batch_size=16,
-            init_lr_frac=0.4,
+            init_lr_frac=cfg.sft_lr_frac,
             eval_steps=8,
             eval_metrics_every=None,
             **RATES,

@@ -125,7 +125,18 @@ SETTLED = (
     *(OF_THE_MIXTURE := ("mixture", "task", "aqua_train_examples", "aqua_val_examples")),
 )
 
-PREFERENCE_RATES = 0.25  # of SFT's, for --dpo: at all of them the wanted form is learned, and what is right forgotten
+# Parts of SFT's learning rates. At half of this one's, words that the file does not have are taken for other questions;
+# at more, other tasks are forgotten.
+TEACHING_RATES = 1.75
+PREFERENCE_RATES = 0.25  # at all of them the wanted form is learned, and what is right forgotten
+
+
+def part_of_rates(settings: dict[str, Any]) -> float:
+    """Of SFT's learning rates, by a run's `source`, `dpo` and `conversations`."""
+    if settings.get("source") != "sft":
+        return 1.0
+    dpo, own = (settings.get(name) not in (None, (), "None") for name in ("dpo", "conversations"))
+    return PREFERENCE_RATES if dpo else TEACHING_RATES if own else 1.0
 
 
 def settled(cfg: ChatSFTConfig, before: dict[str, Any]) -> ChatSFTConfig:
@@ -144,9 +155,10 @@ def settled(cfg: ChatSFTConfig, before: dict[str, Any]) -> ChatSFTConfig:
     if taken:
         print0("As in the run before: " + ", ".join(f"--{name}={value}" for name, value in taken.items()))
     result = dataclasses.replace(cfg, **taken)
-    if cfg.dpo and not is_given(cfg, "init_lr_frac"):
-        result = dataclasses.replace(result, init_lr_frac=PREFERENCE_RATES * result.init_lr_frac)
-        print0(f"Less of it for preferences: --init_lr_frac={result.init_lr_frac:g}")
+    factor = part_of_rates(vars(cfg)) / part_of_rates(before)
+    if factor != 1 and not is_given(cfg, "init_lr_frac"):
+        result = dataclasses.replace(result, init_lr_frac=factor * result.init_lr_frac)
+        print0(f"Learning rates for {'preferences' if cfg.dpo else 'teaching'}: --init_lr_frac={result.init_lr_frac:g}")
     return result
 
 

@@ -58,6 +58,7 @@ CLOSERS = (
     *("please", "again", "now", "for me", "thanks", "do you know", "if you know it", "today", "exactly", "then"),
     *("and what is it", "and which one", "or not", "if any", "can you say", "I wonder", "and how", "as you know"),
 )
+JOINTS = ("of", "for", "with", "by", "at", "to", "in", "and", "from", "about", "is", "has", "that", "does", "-", ":")
 # Words that may go, or stand anywhere: they never decide what is asked.
 FILLERS = frozenset(
     "a an the is are was were be been do does did can could would will should may must has have had of for to in on at"
@@ -150,16 +151,18 @@ def _turned(noun: str, rng: random.Random) -> str:
 
 def _keywords(stem: str, rng: random.Random, is_enough: Callable[[list[str]], bool] | None) -> str:
     """As one types into a search box; at times with no more words than are needed, at times with what is asked for
-    behind whom it is asked of."""
+    behind whom it is asked of, or a joint: "food for Ada"."""
     words = [w for w in stem.split() if w.lower().strip(",:;'\"") not in FILLERS]
     if is_enough and rng.random() < 0.7:
         for word in rng.sample(words, len(words)):
             fewer = [w for w in words if w != word]
             if rng.random() < 0.6 and is_enough(fewer):
                 words = fewer
-    if len(words) > 1 and rng.random() < 0.5:
+    if len(words) > 1:
         at = rng.randrange(1, len(words))
-        words = words[at:] + words[:at]
+        joint = [rng.choice(JOINTS)] if rng.random() < 0.5 else []
+        turned = rng.random() < 0.5
+        words = [*words[at:], *joint, *words[:at]] if turned else [*words[:at], *joint, *words[at:]]
     return " ".join(words) or stem
 
 

@@ -245,6 +245,7 @@ def reworded(text: str, times: int = 300) -> set[str]:
         ("Where is the key of the shed?", "Do you know where the key of the shed is?"),
         ("Who feeds the grey cat?", "I want to know who feeds the grey cat."),
         ("How many beds has the hut?", "How many beds has the hut"),
+        ("What does Ada eat?", "Eat for Ada"),
     ],
 )
 def test_a_question_is_asked_in_other_words(question: str, one_of_them: str):
