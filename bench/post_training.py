@@ -36,7 +36,7 @@ from tasks.tables import Row
 SHARES = {
     "TinyAQUA": ({"TinyAQUA": 1.0}, 10_000),
     "TinyWordProblems": ({"TinyWordProblems": 1.0}, 10_000),
-    "SpellingBee": ({"SpellingBee": 0.75, "SimpleSpelling": 0.25}, 100_000),
+    "SpellingBee": ({"SpellingBee": 2 / 7, "SimpleSpelling": 5 / 7}, 100_000),  # as in midtraining's mixture real
 }
 RATES = {"embedding_lr": 0.05, "unembedding_lr": 0.012, "matrix_lr": 0.02}  # of speedrun.sh's cpu tier
 CALLED = re.compile(r"'(\w+)'\.count")
