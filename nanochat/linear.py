@@ -32,8 +32,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rows_to_add(x: Tensor) -> int:
-    """How many rows of zeros bring x (..., C) to one of four numbers of rows an octave: an eighth of its own on
-    average at most. 0 where shapes cost nothing: on a GPU, in another dtype, or compiled, when they stay the same."""
+    """How many rows of zeros bring x (..., C) to one of four numbers of rows an octave: an eighth more on average. 0
+    where shapes cost nothing: on a GPU, in another dtype, or compiled, when they stay the same."""
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
         return 0
     rows = x.numel() // x.size(-1)

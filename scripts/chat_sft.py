@@ -159,7 +159,7 @@ def settled(cfg: ChatSFTConfig, before: dict[str, Any]) -> ChatSFTConfig:
     factor = part_of_rates(vars(cfg)) / part_of_rates(before)
     if factor != 1 and not is_given(cfg, "init_lr_frac"):
         result = dataclasses.replace(result, init_lr_frac=factor * result.init_lr_frac)
-        print0(f"Learning rates for {'preferences' if cfg.dpo else 'teaching'}: --init_lr_frac={result.init_lr_frac:g}")
+        print0(f"Learning rates of its own: --init_lr_frac={result.init_lr_frac:g}")
     return result
 
 

@@ -241,7 +241,7 @@ def test_the_stage_teaches_the_preference_and_leaves_the_start_model(base: Path,
     chat_sft.main([*SMALL, f"--dpo={file}", "--num_epochs=2"])
     out = capsys.readouterr().out
     assert "Step 00000 | val_loss: 0.6931, preference_accuracy: 0.5000, margin: 0.0000" in out
-    assert "As in the run before: --init_lr_frac=0.5\nLearning rates for preferences: --init_lr_frac=0.125\n" in out
+    assert "As in the run before: --init_lr_frac=0.5\nLearning rates of its own: --init_lr_frac=0.125\n" in out
     facts = section(base)
     assert facts["Preference accuracy"] == "1.0000" and float(facts["Preference margin"]) > 0
     assert facts[file] == "27 pairs, 3 held out" and facts["Number of iterations"] == "18"
