@@ -1,33 +1,29 @@
-"""Chat evaluation: counting solved problems, and the stage that reports them."""
+"""Chat evaluation: how problems are asked, judged, counted and recorded."""
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
 import threading
 from dataclasses import replace
-from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nanochat import checkpoint
-from nanochat.config import InputError, parse_config
+from nanochat.config import InputError
 from nanochat.evals import chat, chat_report, records
-from nanochat.evals.chat import ChatResult, chat_core, evaluate_task
+from nanochat.evals.chat import ChatResult, evaluate_task
 from nanochat.evals.records import Record, problem_id
-from nanochat.evals.stats import Paired, mean_and_error, pass_at_k
+from nanochat.evals.stats import Paired
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
-from scripts import chat_eval
 from tasks.common import Task, evaluate_letter, mc_conversation
-from tasks.registry import BASELINES, EVAL_TASKS, REAL, TINYWORLD, eval_task, rl_tasks
-from tests.conftest import save_checkpoint
+from tasks.registry import eval_task
+from tests.tiny_stages import tiny_chat_model, write_aqua
 
 RT = Runtime(torch.device("cpu"), torch.float32)
 
@@ -48,19 +44,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tokenizer) -> GPT:
-    return tiny_model(tokenizer)
-
-
-def tiny_model(tokenizer: Tokenizer, sequence_len: int = 256) -> GPT:
-    torch.manual_seed(0)
-    config = GPTConfig(sequence_len, tokenizer.get_vocab_size(), n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
-    model = GPT(config)
-    model.init_weights()
-    with torch.no_grad():  # these start at 0: all letters would be equal, and no token would look at another
-        model.lm_head.weight.normal_(0.0, 0.3)
-        for block in model.blocks:
-            block.attn.c_proj.weight.normal_(0.0, 1.0)
-    return model.prepare(RT.device, RT.dtype).eval()
+    return tiny_chat_model(tokenizer)
 
 
 class Letters(Task):
@@ -344,7 +328,8 @@ def test_a_score_is_better_than_guessing_when_its_interval_lies_above_both_contr
     assert chat_report.better_than_guessing(ChatResult(passed, 254, **controls), 0.0) == words
 
 
-def test_the_letters_of_real_tasks_are_those_that_their_rules_read(base, model, tokenizer, monkeypatch):
+def test_the_letters_of_real_tasks_are_those_that_their_rules_read(model, tokenizer, monkeypatch, tmp_path):
+    write_aqua(tmp_path)
     script_engine(monkeypatch, ["9 = 9\nAnswer: A", "the answer is (B).", "A man, a plan"])
     result = evaluate_task(eval_task("AQUA"), model, tokenizer, RT)
     assert dict(result.chosen) == {"A": 1, "B": 1, "none": 1} and result.num_passed == 1
@@ -425,7 +410,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(model, tokenizer
 
 def ranks_record(rt: Runtime, path: Path) -> None:
     words = Tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the cat " * 20], 300)
-    result = evaluate_task(Letters(), tiny_model(words), words, rt, batch_size=2, record_to=path)
+    result = evaluate_task(Letters(), tiny_chat_model(words), words, rt, batch_size=2, record_to=path)
     path.with_name(f"{rt.rank}.txt").write_text(repr(result))
 
 
@@ -472,311 +457,3 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
         records.read(path)
     with pytest.raises(InputError, match="no answers to read"):
         records.read(tmp_path / "none.jsonl")
-
-
-# arithmetic
-
-
-@pytest.mark.parametrize(
-    ("passed", "total", "low", "high"), [(50, 100, 0.4038, 0.5962), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)]
-)
-def test_the_interval_is_wilsons(passed, total, low, high):
-    assert ChatResult(passed, total).interval == pytest.approx((low, high), abs=5e-5)
-
-
-@pytest.mark.parametrize(("n", "c"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 4), (6, 6)])
-def test_pass_at_k_is_the_share_of_draws_of_k_samples_with_a_right_one(n, c):
-    samples = [True] * c + [False] * (n - c)
-    for k in range(1, n + 1):
-        draws = list(combinations(samples, k))
-        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-    for k in (0, n + 1):
-        with pytest.raises(ValueError, match="cannot be estimated"):
-            pass_at_k(n, c, k)
-
-
-def test_the_mean_of_a_sample_has_the_error_of_a_sample():
-    assert mean_and_error([0.0, 1.0]) == (0.5, 0.5)
-    assert mean_and_error([1, 2, 3, 4]) == pytest.approx((2.5, (5 / 3 / 4) ** 0.5))
-
-
-@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (3, 3), (2, 6), (6, 2), (0, 8)])
-def test_the_paired_test_counts_the_coin_tosses_at_least_as_uneven(first, second):
-    tosses = list(product([0, 1], repeat=first + second))
-    extreme = [t for t in tosses if abs(2 * sum(t) - len(t)) >= abs(first - second)]
-    assert Paired(5, first, second, 7).p_value == pytest.approx(len(extreme) / len(tosses))
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "verdict"),
-    [
-        (0, 6, "real (p = 0.0312)"),
-        (6, 0, "worse (p = 0.0312)"),
-        (0, 5, "not shown (p = 0.0625)"),
-        (0, 0, "not shown (p = 1.0000)"),
-        (0, 20, "real (p < 0.0001)"),
-    ],
-)
-def test_a_gain_is_real_when_chance_gives_it_in_less_than_one_of_twenty_cases(first, second, verdict):
-    assert Paired(5, first, second, 7).verdict == verdict
-
-
-def test_the_interval_of_a_paired_difference_is_bonett_and_prices():
-    # 100 problems, 5 only before, 15 only now: (16 - 6) / 102, +- 1.96 sqrt((22/102 - (10/102)^2) / 102)
-    low, high = Paired(40, 5, 15, 40).interval
-    assert (low, high) == pytest.approx((0.098039 - 0.088097, 0.098039 + 0.088097), abs=1e-5)
-    assert Paired(4, 0, 0, 0).interval[1] > 0.3  # no difference among four problems proves little
-
-
-def test_chat_core_of_published_figures():
-    accuracies = {"ARC-Challenge": 0.2807, "ARC-Easy": 0.3876, "GSM8K": 0.0455, "HumanEval": 0.0854, "MMLU": 0.3151}
-    assert chat_core(accuracies, BASELINES) == pytest.approx(0.0884, abs=5e-5)
-    assert chat_core({"MMLU": 0.25, "AQUA": 0.20, "GSM8K": 0.0}, BASELINES) == 0.0
-
-
-# the stage
-
-
-def test_flags_have_the_references_order_names_and_letters():
-    argv = "-i rl -a GSM8K|MMLU -d float32 -t 0.5 -m 64 -n 4 -k 0 -b 2 -g d4 -s 60 -x 10 --device-type cpu".split()
-    cfg = parse_config(chat_eval.ChatEvalConfig, argv)
-    assert list(dataclasses.asdict(cfg).items()) == [
-        ("source", "rl"),
-        ("task_name", "GSM8K|MMLU"),
-        ("dtype", "float32"),
-        ("temperature", 0.5),
-        ("max_new_tokens", 64),
-        ("num_samples", 4),
-        ("top_k", None),
-        ("batch_size", 2),
-        ("model_tag", "d4"),
-        ("step", 60),
-        ("max_problems", 10),
-        ("device_type", "cpu"),
-        ("against", None),  # new ones last
-        ("show", 0),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["-i", "sft", "-a", "GSM8K|GMS8K"], "no task 'GMS8K'; there are ARC-Easy"),
-        (["-i", "sft", "-a", ""], "no task ''"),
-        (["-i", "nowhere"], "invalid choice"),
-        ([], "required"),
-        (["-i", "sft", "-x", "0"], "--max_problems 0 must be at least 1"),
-        (["-i", "sft", "-t", "-1"], "--temperature -1.0 must be at least 0"),
-        (["-i", "sft", "--against", "sft"], "--against sft is the stage evaluated"),
-        (["-i", "sft", "--show", "-1"], "--show -1 must be at least 0"),
-    ],
-)
-def test_wrong_input_ends_in_one_line_and_exit_code_2(capsys, argv, message):
-    with pytest.raises(SystemExit) as exit_info:
-        chat_eval.main(argv)
-    error = capsys.readouterr().err
-    assert exit_info.value.code == 2 and message in error and error.count("\n") == 1
-
-
-def test_only_a_complete_default_set_gets_a_mean_and_tinyworlds_has_its_own_name():
-    results = {name: ChatResult(1, 2, majority=0.5) for name in REAL}
-    scores, _ = chat_eval.report_items(results)
-    # centered: three times (0.5 - 0.25) / 0.75 = 1/3, three times 0.5
-    assert list(scores) == [*REAL, "ChatCORE metric"] and scores["ChatCORE metric"] == pytest.approx(2.5 / 6)
-    results["AQUA"] = ChatResult(0, 2)  # no member: the mean is the same
-    assert chat_eval.report_items(results)[0]["ChatCORE metric"] == pytest.approx(2.5 / 6)
-    del results["MMLU"]
-    scores, behind = chat_eval.report_items(results)
-    assert "ChatCORE metric" not in scores
-    name = "centered mean of ARC-Easy + ARC-Challenge + GSM8K + HumanEval + SpellingBee + AQUA (not ChatCORE)"
-    assert next(iter(behind)) == name and behind[name] == pytest.approx((2 / 3 + 1.5 - 0.25) / 6)
-    scores, _ = chat_eval.report_items({name: ChatResult(1, 2) for name in TINYWORLD})
-    assert list(scores) == [*TINYWORLD, "ChatCORE tinyworld"]
-
-
-def test_every_name_has_a_task_and_unknown_ones_list_what_there_is():
-    assert set(REAL) | set(TINYWORLD) | {"AQUA", "TinyAQUA"} == set(EVAL_TASKS)
-    assert set(BASELINES) < set(EVAL_TASKS)
-    for look_up in (eval_task, rl_tasks):
-        with pytest.raises(InputError, match=r"there are .*GSM8K"):
-            look_up("GSM9K")
-
-
-@pytest.fixture
-def base(tmp_path, monkeypatch, tokenizer):
-    """A base directory with a chat checkpoint, a word list and AQuA's validation split."""
-    for name in ("NANOCHAT_HUB_DIR", "NANOCHAT_AQUA_DIR", "AQUA_DATA_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    base = tmp_path / "base"
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    monkeypatch.chdir(tmp_path)
-    (base / "aqua").mkdir(parents=True)
-    row = '{"question": "q", "options": ["A)1", "B)2"], "rationale": "r", "correct": "B"}\n'
-    (base / "aqua" / "validation.jsonl").write_text(row * 3)
-    (base / "words_alpha.txt").write_text("cat\ndog\n")
-    tokenizer.save(base / "tokenizer")
-    return base
-
-
-def save_model(tokenizer: Tokenizer, stage: str = "sft", **user_config: Any) -> None:
-    model = tiny_model(tokenizer, sequence_len=512)
-    meta = {"model_config": model.config.to_dict(), "user_config": user_config, "tokenizer": tokenizer.fingerprint}
-    save_checkpoint(checkpoint.tag_directory(stage, "d2"), 7, model, None, meta)
-
-
-def test_the_stage_writes_the_references_keys_first_and_prints_each_accuracy(base, tokenizer, capsys):
-    save_model(tokenizer)
-    chat_eval.main("-i sft -a AQUA|SpellingBee -x 2 -m 4 -d float32 --device-type cpu".split())
-    out = capsys.readouterr().out
-    assert (
-        "Final: 0/2 (0.00%)\nAQUA accuracy: 0.00%\nAQUA 95% interval 0.00% to 65.76%, always answering B 100.00%, "
-        "random 50.00%: no better than always answering B (1.0000)\n"
-    ) in out
-    assert "Final: 0/2 (0.00%)\nSpellingBee accuracy: 0.00%\nSpellingBee 95% interval 0.00% to 65.76%, " in out
-    assert "\nSpellingBee same number, other spelling too: 0.00%\n" in out
-    lines = (base / "report" / "chat-evaluation-sft.md").read_text().splitlines()
-    assert lines[0] == "## Chat evaluation sft"
-    assert lines[3:17] == [
-        "- source: sft",
-        "- task_name: AQUA|SpellingBee",
-        "- dtype: float32",
-        "- temperature: 0.0000",
-        "- max_new_tokens: 4",
-        "- num_samples: 1",
-        "- top_k: 50",
-        "- batch_size: 8",
-        "- model_tag: None",
-        "- step: None",
-        "- max_problems: 2",
-        "- device_type: cpu",
-        "- AQUA: 0.0000",
-        "- SpellingBee: 0.0000",
-    ]
-    assert lines[17] == "- centered mean of AQUA + SpellingBee (not ChatCORE): -0.1250"  # AQUA's 0 is below its 0.2
-    assert lines[18] == "- AQUA 95% interval: 0.0000 to 0.6576 (0 of 2)"
-    for line in (
-        "AQUA random guess: 0.5000",
-        "AQUA always the commonest letter: 1.0000",
-        "SpellingBee same number, other spelling too: 0.0000",
-        "SpellingBee answers cut at the length limit (of 2): 2",
-        "show: 0",
-    ):
-        assert f"- {line}" in lines
-
-
-def test_the_stage_keeps_every_answer_and_a_part_does_not_replace_the_whole(base, tokenizer, capsys):
-    save_model(tokenizer)
-    for more in ("", "-x 2", "-t 0.7 -n 2 --show 1"):
-        chat_eval.main(f"-i sft -a AQUA -m 4 --device-type cpu {more}".split())
-    (folder,) = (base / "chat_eval").glob("sft_d2_000007_*")
-    sizes = {p.name: len(records.read(p)) for p in folder.iterdir()}
-    assert sizes == {"AQUA.jsonl": 3, "AQUA.first2.jsonl": 2, "AQUA.t0.7.n2.jsonl": 3}
-    assert "Answer: <letter>" in records.read(folder / "AQUA.jsonl")[0].prompt
-    out = capsys.readouterr().out
-    assert out.count("--- AQUA 0: not solved") == 1 and "[reference] B" in out
-    assert (
-        "- AQUA pass@1: 0.0000 +- 0.0000 (of 2 samples)"
-        in (base / "report" / "chat-evaluation-sft.md").read_text().splitlines()
-    )
-
-
-AQUA_ON_CPU = "-a AQUA -m 4 --device-type cpu".split()
-AQUA_LOST_ONE = "1 -> 0 of 3; 0 only now, 1 only in mid; difference -0.8559 to +0.4559; not shown (p = 1.0000)"
-
-
-def evaluate_mid(base: Path, tokenizer: Tokenizer) -> Path:
-    """Two stages, the first evaluated, as if it had solved problem 0. Returns its records."""
-    save_model(tokenizer, stage="mid")
-    save_model(tokenizer)
-    chat_eval.main(["-i", "mid", *AQUA_ON_CPU])
-    (path,) = (base / "chat_eval").glob("mid_d2_000007_*/AQUA.jsonl")
-    first, *others = records.read(path)
-    records.write(path, [replace(first, passed=True), *others])
-    return path
-
-
-def test_each_stage_is_compared_with_the_stage_before_problem_by_problem(base, tokenizer, capsys):
-    path = evaluate_mid(base, tokenizer)
-    assert "against" not in capsys.readouterr().out  # there is no stage before mid
-    chat_eval.main(["-i", "sft", *AQUA_ON_CPU])
-    assert f"AQUA against mid: {AQUA_LOST_ONE}\n" in capsys.readouterr().out
-    assert f"- AQUA against mid: {AQUA_LOST_ONE}\n" in (base / "report" / "chat-evaluation-sft.md").read_text()
-    chat_eval.main(["-i", "sft", "-x", "2", *AQUA_ON_CPU])  # only some of the problems that mid was asked
-    assert "AQUA against mid: 1 -> 0 of 2;" in capsys.readouterr().out
-    path.rename(path.with_name("AQUA.first2.jsonl"))
-    records.write(path.with_name("AQUA.first1.jsonl"), records.read(path.with_name("AQUA.first2.jsonl"))[:1])
-    chat_eval.main(["-i", "sft", *AQUA_ON_CPU])  # mid was asked only some: the most that there are
-    assert "AQUA against mid: 1 -> 0 of 3;" in capsys.readouterr().out
-
-
-def test_without_records_of_the_stage_before_the_report_says_so(base, tokenizer, capsys):
-    path = evaluate_mid(base, tokenizer)
-    save_model(tokenizer, stage="rl", source="mid")
-    chat_eval.main(["-i", "rl", *AQUA_ON_CPU])  # the stage before is the one that it was trained from
-    assert f"AQUA against mid: {AQUA_LOST_ONE}\n" in capsys.readouterr().out
-    save_model(tokenizer, stage="rl")
-    chat_eval.main(["-i", "rl", *AQUA_ON_CPU])
-    assert "AQUA against sft: no record of the stage before\n" in capsys.readouterr().out
-    path.write_text("{")
-    chat_eval.main(["-i", "sft", *AQUA_ON_CPU])
-    assert "AQUA against mid: not compared: " in capsys.readouterr().out
-
-
-def test_records_of_a_model_that_was_trained_anew_are_not_the_stage_befores(base, tokenizer, capsys):
-    evaluate_mid(base, tokenizer)
-    model = tiny_model(tokenizer, sequence_len=512)
-    with torch.no_grad():
-        model.lm_head.weight[0] += 1
-    meta = {"model_config": model.config.to_dict(), "tokenizer": tokenizer.fingerprint}
-    save_checkpoint(checkpoint.tag_directory("mid", "d2"), 7, model, None, meta)
-    chat_eval.main(["-i", "sft", *AQUA_ON_CPU])
-    assert "AQUA against mid: no record of the stage before\n" in capsys.readouterr().out
-
-
-def test_against_names_another_stage_whose_records_must_be_there(base, tokenizer, capsys):
-    path = evaluate_mid(base, tokenizer)
-    save_model(tokenizer, stage="rl")
-    chat_eval.main(["-i", "rl", "--against=mid", *AQUA_ON_CPU])
-    assert f"AQUA against mid: {AQUA_LOST_ONE}\n" in capsys.readouterr().out
-    first, *others = records.read(path)
-    records.write(path, [replace(first, id="another"), *others])  # the data are not what they were
-    chat_eval.main(["-i", "rl", "--against=mid", *AQUA_ON_CPU])
-    assert "AQUA against mid: not compared: problem 0 of AQUA is another" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        chat_eval.main(["-i", "rl", "--against=sft", *AQUA_ON_CPU])
-    out, error = capsys.readouterr()
-    assert "no answers to read at" in error and "accuracy" not in out
-
-
-def test_the_report_says_what_keeps_the_models_code_in(base, tokenizer, monkeypatch):
-    save_model(tokenizer)
-    monkeypatch.setattr(chat_eval, "eval_task", lambda name: Echo(1))
-    monkeypatch.setattr(chat_eval, "isolation_level", lambda: "a strong box")
-    chat_eval.main("-i sft -a HumanEval -m 2 --device-type cpu".split())
-    assert "- HumanEval sandbox: a strong box\n" in (base / "report" / "chat-evaluation-sft.md").read_text()
-
-
-def test_dtype_is_the_dtype_of_the_activations(base, tokenizer, monkeypatch):
-    save_model(tokenizer)
-    dtypes = []
-
-    def record(task, model, *args, **kwargs):
-        dtypes.append(model.compute_dtype)
-        return ChatResult(0, 1)
-
-    monkeypatch.setattr(chat_eval, "evaluate_task", record)
-    for dtype in ("bfloat16", "float32"):
-        chat_eval.main(["-i", "sft", "-a", "SpellingBee", "-d", dtype, "--device-type", "cpu"])
-        assert f"- dtype: {dtype}\n" in (base / "report" / "chat-evaluation-sft.md").read_text()
-    assert dtypes == [torch.bfloat16, torch.float32]
-
-
-def test_a_tinyworld_model_gets_tinyworlds_tasks_by_default(base, tokenizer, monkeypatch, capsys):
-    save_model(tokenizer, dataset="tinyworld")
-    monkeypatch.setattr(chat_eval, "evaluate_task", lambda *args, **kwargs: ChatResult(1, 2))
-    assert (
-        tuple(chat_eval.run(parse_config(chat_eval.ChatEvalConfig, ["-i", "sft", "--device-type", "cpu"]))) == TINYWORLD
-    )
-    report = (base / "report" / "chat-evaluation-sft.md").read_text()
-    assert "- ChatCORE tinyworld: 0.4667\n" in report and "ChatCORE metric" not in report
-    assert "ChatCORE tinyworld: 0.4667" in capsys.readouterr().out
