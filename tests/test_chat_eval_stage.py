@@ -19,21 +19,12 @@ from scripts import chat_eval
 from tasks.registry import BASELINES, EVAL_TASKS, REAL, TINYWORLD, eval_task, rl_tasks
 from tasks.tinyworld import TinyFacts
 from tests.conftest import save_checkpoint
-from tests.tiny_stages import tiny_chat_model, write_aqua
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A model this small is slower on several threads, by far when the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.tiny_stages import cat_tokenizer, tiny_chat_model, write_aqua
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the cat " * 20], 300)
+    return cat_tokenizer()
 
 
 def test_flags_have_the_references_order_names_and_letters():
