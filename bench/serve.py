@@ -246,8 +246,7 @@ async def load(cfg: ServeConfig, address: str, process: psutil.Process) -> dict[
             await asyncio.sleep(max(0.0, begun + at * cfg.seconds - time.perf_counter()))
             stats = (await http.get("/stats")).json()
             generated = sum(engine["generated_tokens"] for engine in stats["engines"])
-            used = process.cpu_times()
-            marks.append((time.perf_counter(), generated, process.memory_info().rss / 2**20, used.user + used.system))
+            marks.append((time.perf_counter(), generated, *used(process)))
             if at == WARMUP:  # what was seen before does not count; errors do
                 tally.first, tally.per_token, tally.answers, tally.tokens, tally.chunks = [], [], 0, 0, 0
         seen = replace(tally)
@@ -270,6 +269,13 @@ async def load(cfg: ServeConfig, address: str, process: psutil.Process) -> dict[
         "rss_mib": [round(mark[2], 1) for mark in marks],
         "cpus": (more_cpu - cpu) / (end - start),
     }
+
+
+def used(process: psutil.Process) -> tuple[float, float]:
+    """(MiB of memory, seconds of CPU) of the server and its engines, each in a process of its own."""
+    family = [process, *process.children()]
+    times = [one.cpu_times() for one in family]
+    return sum(one.memory_info().rss for one in family) / 2**20, sum(t.user + t.system for t in times)
 
 
 def percentiles(seconds: list[float]) -> list[float]:

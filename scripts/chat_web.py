@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import uvicorn
 
 from nanochat import checkpoint, environment, runtime
 from nanochat.config import InputError, flag, run_cli
-from nanochat.dialogue import load_engine
 from nanochat.quantize import QUANTIZED
 from nanochat.server.app import Settings, create_app
-from nanochat.server.pool import Worker
+from nanochat.server.engine_loop import EngineSpec
+from nanochat.server.replica import EngineProcess, Replica
 from nanochat.server.stopping import StoppableServer
+from nanochat.tokenizer import get_tokenizer
 
 
 @dataclass(frozen=True)
@@ -75,30 +77,29 @@ def settings(cfg: ChatWebConfig, model: str) -> Settings:
     )
 
 
-def load_workers(cfg: ChatWebConfig) -> list[Worker]:
-    """One engine per GPU; a single one on other devices.
+def load_replicas(cfg: ChatWebConfig) -> list[Replica]:
+    """One per GPU; a single one on other devices.
 
     Raises:
         InputError: no such checkpoint, or fewer GPUs than asked for.
     """
-    rt = runtime.start(cfg.device_type)
-    if cfg.num_gpus > 1 and (rt.device.type != "cuda" or cfg.num_gpus > torch.cuda.device_count()):
+    device_type = cfg.device_type or runtime.autodetect_device()
+    if cfg.num_gpus > 1 and (device_type != "cuda" or cfg.num_gpus > torch.cuda.device_count()):
         raise InputError(
             f"--num_gpus {cfg.num_gpus}, but there are {torch.cuda.device_count()} GPUs to use; ask for no more"
         )
-    workers = []
-    for i in range(cfg.num_gpus):
-        device = torch.device("cuda", i) if rt.device.type == "cuda" else rt.device
-        engine = load_engine(cfg.source, replace(rt, device=device), cfg.model_tag, cfg.step, cfg.dtype, cfg.quantize)
-        workers.append(Worker(i, engine))
-    return workers
+    spec = EngineSpec(cfg.source, cfg.device_type, cfg.model_tag, cfg.step, cfg.dtype, cfg.quantize)
+    replicas = [Replica(i, partial(EngineProcess, spec, i)) for i in range(cfg.num_gpus)]
+    for replica in replicas:
+        replica.wait()
+    return replicas
 
 
 def run(cfg: ChatWebConfig) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("nanochat.server").setLevel(logging.INFO)
     model = checkpoint.find(cfg.source, cfg.model_tag, cfg.step).parent.name
-    app = create_app(load_workers(cfg), settings(cfg, model))
+    app = create_app(load_replicas(cfg), get_tokenizer(), settings(cfg, model))
     print(f"nanochat: open http://{cfg.host}:{cfg.port}", flush=True)
     config = uvicorn.Config(app, host=cfg.host, port=cfg.port, log_level="warning", access_log=False, ws="none")
     StoppableServer(config, app.state.pool, cfg.shutdown, cfg.shutdown_seconds).run()

@@ -294,6 +294,38 @@ def test_an_engine_that_fails_in_the_middle_of_a_stream_says_so_in_it():
         assert ask(client, max_tokens=2).status_code == 200
 
 
+def test_an_engine_that_dies_is_started_again_and_what_waits_is_answered(caplog, monkeypatch):
+    monkeypatch.setattr("nanochat.server.replica.RESTART_SECONDS", 0.2)
+    engine, answers = RecordingEngine(), []
+    engine.dies = True
+    with serving(engine, max_tokens=2) as client:
+        threads = []
+        for n in range(4):  # two are with the engine, two in the queue
+            threads.append(threading.Thread(target=lambda: answers.append(ask(client))))
+            threads[-1].start()
+            until(lambda n=n: stats(client)["open_requests"] == n + 1)
+        engine.gate.set()
+        until(lambda: client.get("/health").json()["status"] == "no engine")
+        assert client.get("/health").status_code == 503 and stats(client)["available_workers"] == 0
+        for thread in threads:
+            thread.join(10)
+        assert client.get("/health").json()["ready"]
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 500, 500]
+    assert "its engine died with 2 answers; another starts" in caplog.text
+
+
+def test_while_one_engine_is_dead_the_others_answer(monkeypatch):
+    monkeypatch.setattr("nanochat.server.replica.RESTART_SECONDS", 60.0)
+    engines = [RecordingEngine(), RecordingEngine()]
+    engines[0].dies = True
+    for engine in engines:
+        engine.gate.set()
+    with serving(*engines, max_tokens=2) as client:
+        assert ask(client).status_code == 500
+        assert [ask(client).status_code for _ in range(5)] == [200] * 5
+        assert client.get("/health").status_code == 200
+
+
 def test_a_reader_that_does_not_read_holds_nobody_up():
     engine = RecordingEngine(sequence_len=100_000, slots=4)
     engine.gate.set()

@@ -13,22 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import psutil
 import uvicorn
 
 from nanochat.checkpoint import host_copy, write
 from nanochat.environment import base_dir
 from nanochat.server.app import Settings, create_app
-from nanochat.server.pool import Worker
 from nanochat.server.stopping import StoppableServer
 from tests.tiny_engine import TOKENIZER, tiny_gpt
-from tests.tiny_server import RecordingEngine, client_of, running
+from tests.tiny_server import RecordingEngine, client_of, replicas, running
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 CHAT = "/v1/chat/completions"
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -94,7 +94,7 @@ def test_what_is_not_finished_in_time_is_cancelled():
 
 
 def test_a_signal_while_the_server_starts_ends_it(monkeypatch):
-    app = create_app([Worker(0, RecordingEngine())], Settings())
+    app = create_app(replicas(RecordingEngine()), TOKENIZER, Settings())
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none")
     server = StoppableServer(config, app.state.pool, "finish", 5)
     load = config.load
@@ -125,9 +125,16 @@ def test_the_command_serves_a_checkpoint_and_ends_in_order():
                 assert client.get("/v1/models").json()["data"][0]["id"] == "d2"
                 answer = client.post(CHAT, json={**HELLO, "max_tokens": 5})
                 assert answer.json()["usage"]["completion_tokens"] <= 5
+                [engine] = psutil.Process(process.pid).children()
+                engine.kill()
+                until(lambda: client.get("/health").status_code == 503)
+                until(lambda: client.get("/health").status_code == 200, seconds=60)
+                [engine] = psutil.Process(process.pid).children()
+                assert client.post(CHAT, json={**HELLO, "max_tokens": 5}).json()["choices"]
             process.send_signal(signal.SIGTERM)
             output = process.stdout.read().decode()
             assert process.wait(20) == 0, output
-            assert "Traceback" not in output and "hello" not in output
+            assert not engine.is_running()
+            assert "its engine died" in output and "Traceback" not in output and "hello" not in output
         finally:
             process.kill()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +20,8 @@ import uvicorn
 from nanochat.engine import Engine
 from nanochat.sampling import Sampling
 from nanochat.server.app import Settings, create_app
-from nanochat.server.pool import Worker
+from nanochat.server.engine_loop import EngineLoop
+from nanochat.server.replica import Replica
 from nanochat.server.stopping import StoppableServer
 from nanochat.slots import Request
 from tests.tiny_engine import TOKENIZER, special
@@ -25,13 +31,13 @@ START, END = special("assistant_start"), special("assistant_end")
 
 class RecordingEngine:
     """Writes one "a" after another to each of `slots` requests at a time, each only after `gate` lets it; keeps the
-    prompts it was given. `fails` = its next step does."""
+    prompts it was given. `fails` = its next step does; `dies` = it takes its process along."""
 
     def __init__(self, sequence_len: int = 128, slots: int = 1) -> None:
         self.tokenizer, self.max_running = TOKENIZER, slots
         self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=sequence_len), device="cpu")
         self.gate, self.cancelled = threading.Event(), threading.Event()
-        self.fails = False
+        self.fails = self.dies = False
         self.requests: list[Request] = []
         self.prompts: list[str] = []
         self.settings: list[Sampling] = []
@@ -47,6 +53,10 @@ class RecordingEngine:
     def step(self) -> list[Request]:
         assert self.gate.wait(10)
         time.sleep(0.002)
+        if self.dies:
+            self.dies = False
+            self.requests.clear()
+            raise SystemExit
         if self.fails:
             self.fails = False
             raise RuntimeError("out of memory")
@@ -77,13 +87,38 @@ class RecordingEngine:
         return {"running": running, "waiting": len(self.requests) - running, "cache_tokens_total": total}
 
 
+class EngineThread:
+    """What is a process behind the real server, as a thread, so that a test can reach its engine."""
+
+    def __init__(self, engine: Engine | RecordingEngine) -> None:
+        self.connection, theirs = Pipe()
+        self.thread = threading.Thread(target=self._run, args=(engine, theirs), name="engine", daemon=True)
+        self.thread.start()
+
+    def _run(self, engine: Engine | RecordingEngine, connection: Connection) -> None:
+        with connection, socket.socket(fileno=os.dup(connection.fileno())) as end:
+            with suppress(SystemExit):
+                EngineLoop(engine, connection).run()  # type: ignore[arg-type]
+            end.shutdown(socket.SHUT_RDWR)  # the loop's listener still reads, which would keep it open
+
+    def close(self, seconds: float) -> None:
+        self.connection.close()
+        self.thread.join(seconds)
+
+
+def replicas(*engines: Engine | RecordingEngine) -> list[Replica]:
+    made = [Replica(i, partial(EngineThread, engine)) for i, engine in enumerate(engines)]
+    for replica in made:
+        replica.wait()
+    return made
+
+
 @contextmanager
 def running(
     engines: Sequence[Engine | RecordingEngine], how: str, seconds: float, **settings: Any
 ) -> Iterator[StoppableServer]:
     """A server in a thread, whose handle_exit() does what a signal would."""
-    workers = [Worker(i, engine) for i, engine in enumerate(engines)]  # type: ignore[arg-type]
-    app = create_app(workers, Settings(**settings))
+    app = create_app(replicas(*engines), TOKENIZER, Settings(**settings))
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none")
     server = StoppableServer(config, app.state.pool, how, seconds)
     thread = threading.Thread(target=server.run)

@@ -1,6 +1,6 @@
 """The chat server's routes: OpenAI's endpoints, the reference's, the page, and what there is to watch.
 
-Engines run in threads of their own (engine_loop.py), so the event loop stays free; a client that goes away ends its
+Engines run in processes of their own (replica.py), so the event loop stays free; a client that goes away ends its
 answer within a token (streaming.py). Only the page's own origin may call: no CORS headers are sent.
 """
 
@@ -22,16 +22,17 @@ from nanochat.config import InputError
 from nanochat.dialogue import AS_TOKENS
 from nanochat.sampling import Sampling
 from nanochat.server import openapi, schemas
-from nanochat.server.engine_loop import Job
 from nanochat.server.errors import ApiError, add_handlers
 from nanochat.server.gate import Gate
 from nanochat.server.metrics import Metrics
 from nanochat.server.page import page_router
-from nanochat.server.pool import Generation, Pool, Worker
+from nanochat.server.pool import Generation, Pool
 from nanochat.server.prompts import chat_ids, completion_ids, plain_turns, turns_of
+from nanochat.server.replica import Job, Replica
 from nanochat.server.streaming import AnswerResponse
 from nanochat.server.text import Choice
 from nanochat.server.wire import ChatWire, CompletionWire, PlainWire
+from nanochat.tokenizer import Tokenizer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -67,15 +68,15 @@ class Settings:
             raise InputError("the API key must be printable ASCII, and not empty")
 
 
-def create_app(workers: Sequence[Worker], settings: Settings | None = None) -> FastAPI:
-    """The application over at least one worker; all workers hold the same model."""
-    server = Server(workers, settings or Settings())
+def create_app(replicas: Sequence[Replica], tokenizer: Tokenizer, settings: Settings | None = None) -> FastAPI:
+    """The application over at least one replica of a model; all must be up."""
+    server = Server(replicas, tokenizer, settings or Settings())
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         server.pool.start()
         yield
-        await run_in_threadpool(server.pool.stop)
+        await server.pool.stop()
 
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     app.state.pool = server.pool
@@ -111,15 +112,16 @@ def _add_pages(app: FastAPI, server: Server) -> None:
 def _add_figures(app: FastAPI, server: Server) -> None:
     @app.get("/health", responses=openapi.HEALTH)
     async def health() -> JSONResponse:
-        """Whether requests are taken: 200, or 503 while the server stops."""
+        """Whether requests are answered: 200, or 503 while the server stops or has no engine up."""
         stats, closing = server.pool.stats(), server.pool.closing is not None
+        ready = not closing and server.pool.slots > 0
         body = {
-            "status": "shutting down" if closing else "ok",
-            "ready": not closing and stats["total_workers"] > 0,
+            "status": "shutting down" if closing else "ok" if ready else "no engine",
+            "ready": ready,
             "num_gpus": stats["total_workers"],
             "available_workers": stats["available_workers"],
         }
-        return JSONResponse(body, 503 if closing else 200)
+        return JSONResponse(body, 200 if ready else 503)
 
     @app.get("/stats", responses=openapi.STATS)
     async def stats() -> JSONResponse:
@@ -158,12 +160,12 @@ def _add_v1(app: FastAPI, server: Server) -> None:
 class Server:
     """From a checked request to the response that writes its answer."""
 
-    def __init__(self, workers: Sequence[Worker], settings: Settings) -> None:
+    def __init__(self, replicas: Sequence[Replica], tokenizer: Tokenizer, settings: Settings) -> None:
         self.settings = settings
-        self.pool = Pool(workers, settings.max_queue)
+        self.pool = Pool(replicas, settings.max_queue)
         self.metrics = Metrics(self.pool)
-        self.tokenizer = workers[0].engine.tokenizer
-        self.context = workers[0].engine.model.config.sequence_len
+        self.tokenizer = tokenizer
+        self.context = replicas[0].facts.context
         self.created = int(time.time())
 
     def model(self) -> dict[str, Any]:

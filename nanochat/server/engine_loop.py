@@ -1,175 +1,212 @@
-"""The thread that owns an engine: requests in through a queue, tokens out to the event loop.
+"""What runs in an engine's process: requests in through a connection, tokens out.
 
-Engine and event loop share Python's one lock, so each waits while the other runs. What is handed over is therefore
-gathered: first tokens and ends at once, the others after a pause that grows with the number of answers.
+The event loop that they go to has work of its own for each piece. What is handed over is therefore gathered: first
+tokens and ends at once, the others after a pause that grows with the number of answers.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import queue
+import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
+from nanochat import runtime
 from nanochat.config import InputError
-from nanochat.engine import Engine
+from nanochat.dialogue import load_engine
+from nanochat.engine import MAX_ROWS, Engine
 from nanochat.sampling import Sampling, TokenLogprobs
-from nanochat.server.errors import ApiError
 from nanochat.slots import Request
 
 log = logging.getLogger("nanochat.server")
 
 # The pause between two hand-overs, per answer being written and at most. A chunk costs the event loop 0.1 ms or less
-# (measured with 64 clients), so that streaming to 64 takes a twentieth of the time; with one nothing is held up.
+# (measured with 64 clients), so that each engine takes a twentieth of its time; with one answer nothing is held up.
 PAUSE_SECONDS = 2e-3
 MAX_PAUSE_SECONDS = 0.25
 
 
-@dataclass(eq=False)
-class Job:
-    """One answer to be written. The thread alone has `request` and `seen`; the event loop alone has the rest."""
+@dataclass(frozen=True)
+class EngineSpec:
+    """Which engine a process is to have; see load_engine()."""
 
+    source: str
+    device_type: str | None = None
+    model_tag: str | None = None
+    step: int | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+
+    def load(self) -> Engine:
+        rt = runtime.start(self.device_type)
+        return load_engine(self.source, rt, self.model_tag, self.step, self.dtype, self.quantize)
+
+
+class Facts(NamedTuple):
+    """The first message of an engine that is ready."""
+
+    device: str
+    context: int  # tokens
+    slots: int  # answers that it can write at once if each fills the context
+
+
+class Submit(NamedTuple):
+    job: int
     prompt: Sequence[int]
     max_tokens: int
     sampling: Sampling
-    sample: int = 0
-    request: Request | None = None
-    seen: int = 0  # of the request's tokens, how many were handed over
-    news: list[News] = field(default_factory=list)  # not yet read
+    sample: int
+
+
+class Cancel(NamedTuple):
+    """Frees the job's slot before the next token. Its last News comes all the same."""
+
+    job: int
 
 
 class News(NamedTuple):
-    """What an engine wrote for a job since the last time; the last one has a reason or an error."""
+    """What an engine wrote for a job since the last time; exactly one of each job has a finish reason."""
 
-    job: Job
-    ids: list[int]
-    logprobs: list[TokenLogprobs]
+    job: int
+    ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
     cached_tokens: int = 0
-    finish_reason: str | None = None
-    error: ApiError | None = None
+    finish_reason: str | None = None  # the engine's, or "failed" or "refused"
+    refusal: str = ""
 
-    @property
-    def is_last(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
+
+@dataclass(eq=False)
+class Written:
+    """A job that the engine has, and how many of its tokens were handed over."""
+
+    job: int
+    request: Request
+    seen: int = 0
 
 
 class EngineLoop:
-    """`deliver` is called in the event loop with what happened; exactly one News of each job is its last."""
+    """Ends when the other end of the connection is closed; what it was writing then is dropped."""
 
-    def __init__(self, engine: Engine, deliver: Callable[[list[News]], None]) -> None:
+    def __init__(self, engine: Engine, connection: Connection) -> None:
         self.engine = engine
-        self.deliver = deliver
-        self.loop = asyncio.get_running_loop()
-        self.jobs: dict[int, Job] = {}  # by the id() of their requests
-        self.touched: dict[int, Job] = {}  # have something that was not handed over
+        self.connection = connection
+        self.jobs: dict[int, Written] = {}
+        self.by_request: dict[int, Written] = {}  # by the id() of their requests
+        self.touched: dict[int, Written] = {}  # have something that was not handed over
         self.handed_over = 0.0
-        self.stats = engine.stats()  # after the last step; the engine itself is the thread's alone
-        self.inbox: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.thread.start()
+        self.inbox: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
 
-    def submit(self, job: Job) -> None:
-        self.inbox.put(("submit", job))
-
-    def cancel(self, job: Job) -> None:
-        """Frees the job's slot before the next token. Its last News comes all the same."""
-        self.inbox.put(("cancel", job))
-
-    def stop(self) -> None:
-        """Ends the thread at its next token; what it was writing is dropped."""
-        self.inbox.put(("stop", None))
-
-    def join(self, seconds: float) -> None:
-        self.thread.join(seconds)
-
-    # ---- in the thread ------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        engine = self.engine
+        context = engine.model.config.sequence_len
+        slots = max(1, min(MAX_ROWS, engine.stats()["cache_tokens_total"] // context))
+        self._send(Facts(str(engine.model.device), context, slots))
+        threading.Thread(target=self._listen, daemon=True).start()
         while True:
             try:
                 if not self._obey():
                     return
-                if self.engine.busy:
-                    progressed = self.engine.step()
-                    self.stats = self.engine.stats()
-                    self._hand_over(progressed)
-                else:
-                    self.stats = self.engine.stats()
+                if engine.busy:
+                    self._hand_over(engine.step())
             except Exception:
                 log.exception("the engine failed; its %d answers are given up", len(self.jobs))
                 self._give_up()
+
+    def _listen(self) -> None:
+        """Reads at all times, so that neither end waits for the other to read first."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self.inbox.put(self.connection.recv())
+        self.inbox.put(None)
 
     def _obey(self) -> bool:
         """Do what was asked for; waits while there is nothing to write. False = end."""
         block = not self.engine.busy
         with contextlib.suppress(queue.Empty):
             while True:
-                kind, job = self.inbox.get(block)
+                message = self.inbox.get(block)
                 block = False
-                if job is None:
+                if message is None:
                     return False
-                if kind == "submit":
-                    self._submit(job)
-                elif job.request is not None and id(job.request) in self.jobs:
-                    self.engine.cancel(job.request)
-                    del self.jobs[id(job.request)]
-                    self.touched.pop(id(job.request), None)
-                    self._tell([News(job, [], [], finish_reason="cancelled")])
+                if isinstance(message, Submit):
+                    self._submit(message)
+                elif written := self.jobs.get(message.job):
+                    self.engine.cancel(written.request)
+                    self._forget(written)
+                    self._tell([News(message.job, finish_reason="cancelled")])
         return True
 
-    def _submit(self, job: Job) -> None:
+    def _submit(self, message: Submit) -> None:
         try:
-            request = self.engine.submit(job.prompt, job.max_tokens, job.sampling, job.sample)
+            request = self.engine.submit(message.prompt, message.max_tokens, message.sampling, message.sample)
         except InputError as error:
-            self._tell([News(job, [], [], error=ApiError(400, str(error)))])
+            self._tell([News(message.job, finish_reason="refused", refusal=str(error))])
         except Exception:
             log.exception("the engine refused a request")
-            self._tell([News(job, [], [], error=engine_error())])
+            self._tell([News(message.job, finish_reason="failed")])
         else:
-            job.request = request
-            self.jobs[id(request)] = job
+            self.jobs[message.job] = self.by_request[id(request)] = Written(message.job, request)
+
+    def _forget(self, written: Written) -> None:
+        del self.jobs[written.job], self.by_request[id(written.request)]
+        self.touched.pop(written.job, None)
 
     def _hand_over(self, progressed: Sequence[Request]) -> None:
         for one in progressed:
-            if job := self.jobs.get(id(one)):
-                self.touched[id(one)] = job
+            if written := self.by_request.get(id(one)):
+                self.touched[written.job] = written
         now = time.perf_counter()
         is_due = now - self.handed_over >= min(PAUSE_SECONDS * len(self.jobs), MAX_PAUSE_SECONDS)
         news = []
-        for key, job in list(self.touched.items()):
-            request = job.request
-            assert request is not None
-            if not (is_due or not job.seen or request.finish_reason):
+        for written in list(self.touched.values()):
+            request = written.request
+            if not (is_due or not written.seen or request.finish_reason):
                 continue
-            del self.touched[key]
-            if request.finish_reason:
-                del self.jobs[key]
-            new = slice(job.seen, len(request.ids))
-            job.seen = new.stop
+            new = slice(written.seen, len(request.ids))
+            written.seen = new.stop
             ids, logprobs = request.ids[new], request.logprobs[new]
-            news.append(News(job, ids, logprobs, request.cached_tokens, request.finish_reason))
+            news.append(News(written.job, ids, logprobs, request.cached_tokens, request.finish_reason))
+            if request.finish_reason:
+                self._forget(written)
+            else:
+                del self.touched[written.job]
         if is_due:
             self.handed_over = now
         self._tell(news)
 
     def _give_up(self) -> None:
         """After an error nothing is known of the engine's state, so it begins anew."""
-        news = [News(job, [], [], error=engine_error()) for job in self.jobs.values()]
-        self.jobs.clear()
-        self.touched.clear()
+        news = [News(job, finish_reason="failed") for job in self.jobs]
+        for kept in (self.jobs, self.by_request, self.touched):
+            kept.clear()
         self.engine.reset()
         self._tell(news)
 
     def _tell(self, news: list[News]) -> None:
         if news:
-            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens any more
-                self.loop.call_soon_threadsafe(self.deliver, news)
+            self._send((news, self.engine.stats()))
+
+    def _send(self, message: object) -> None:
+        with contextlib.suppress(OSError):  # nobody listens any more; the inbox will say so
+            self.connection.send(message)
 
 
-def engine_error() -> ApiError:
-    return ApiError(500, "the engine failed while it wrote this answer; the server's log says why", code="engine_error")
+def main(descriptor: int) -> None:
+    """Be the process: the first message says which engine; the first answer is its Facts, or why there is none."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # service managers send it to all; the server says when to end
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    connection = Connection(descriptor)
+    spec: EngineSpec = connection.recv()
+    try:
+        engine = spec.load()
+    except InputError as error:
+        connection.send(str(error))
+    else:
+        EngineLoop(engine, connection).run()

@@ -21,7 +21,8 @@ WHY = {
     503: "the server is shutting down",
 }
 DROPPED = {"X-Dropped-Messages": {"description": "the oldest messages left out", "schema": {"type": "integer"}}}
-EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "chunks as server-sent events"}}}
+# No type: some readers apply it to the whole text, others to each event.
+EVENTS = {"text/event-stream": {"schema": {"description": "chunks as server-sent events"}}}
 
 
 def _errors(*statuses: int, model: type = schemas.Error) -> Responses:
@@ -38,7 +39,7 @@ COMPLETIONS = {**_ok(schemas.Completion, content=EVENTS), **_errors(*GENERATION_
 MODELS = _ok(schemas.ModelList)
 MODEL = {**_ok(schemas.Model), **_errors(404)}
 STATS = _ok(schemas.Stats)
-HEALTH = {**_ok(schemas.Health), 503: {"model": schemas.Health, "description": WHY[503]}}
+HEALTH = {**_ok(schemas.Health), 503: {"model": schemas.Health, "description": f"{WHY[503]}, or no engine is up"}}
 METRICS: Responses = {200: {"description": "OK", "content": {"text/plain": {"schema": {"type": "string"}}}}}
 PLAIN = {
     200: {"description": "events", "content": EVENTS, "headers": DROPPED},

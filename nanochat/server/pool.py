@@ -11,22 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat.engine import MAX_ROWS, Engine
-from nanochat.server.engine_loop import EngineLoop, Job, News
+from nanochat.server.engine_loop import News
 from nanochat.server.errors import ApiError
+from nanochat.server.replica import Job, Replica
 
 log = logging.getLogger("nanochat.server")
 
 AHEAD = 1 / 8  # more answers than slots that an engine gets, so that a slot that comes free is not idle for a token
-THREAD_SECONDS = 10.0  # that an engine's thread gets to end; it looks up after every token
-
-
-@dataclass(eq=False)
-class Worker:
-    """One replica of the model."""
-
-    gpu_id: int
-    engine: Engine
 
 
 @dataclass(eq=False)
@@ -63,14 +54,11 @@ class Pool:
         max_queue: answers that may wait for a slot; more are refused.
     """
 
-    def __init__(self, workers: Sequence[Worker], max_queue: int) -> None:
-        self.workers = list(workers)
+    def __init__(self, replicas: Sequence[Replica], max_queue: int) -> None:
+        self.replicas = list(replicas)
         self.max_queue = max_queue
-        self.loops: list[EngineLoop] = []
-        self.assigned = [0] * len(self.workers)
-        self.slots = [_slots(worker.engine) for worker in self.workers]
         self.queues: OrderedDict[str, deque[Generation]] = OrderedDict()
-        self.running: dict[Job, tuple[int, Generation]] = {}
+        self.running: dict[Job, Generation] = {}
         self.open: set[Generation] = set()  # whose answer is not wholly sent
         self.seconds = 1.0  # that an answer takes, a running mean
         self.closing: str | None = None  # how: "finish" or "cancel"
@@ -80,13 +68,11 @@ class Pool:
 
     def start(self) -> None:
         """Begin to work, inside the event loop."""
-        self.loops = [EngineLoop(worker.engine, self._deliver) for worker in self.workers]
+        for replica in self.replicas:
+            replica.listen(self._deliver)
 
-    def stop(self) -> None:
-        for loop in self.loops:
-            loop.stop()
-        for loop in self.loops:
-            loop.join(THREAD_SECONDS)
+    async def stop(self) -> None:
+        await asyncio.gather(*(replica.stop() for replica in self.replicas))
 
     async def close(self, how: str, seconds: float) -> None:
         """Take no more requests; wait until the accepted ones are answered, but cancel those that are not after
@@ -124,7 +110,7 @@ class Pool:
         size = len(generation.jobs)
         if max(self._room()) < 1 and self.waiting + size > self.max_queue:
             raise self._busy(f"{self.waiting} answers wait already, and at most {self.max_queue} may")
-        if len(self.open) >= 2 * (sum(self.slots) + self.max_queue):  # slow readers count here, though they run nowhere
+        if len(self.open) >= 2 * (self.slots + self.max_queue):  # slow readers count here, though they run nowhere
             raise self._busy(f"{len(self.open)} requests are open already")
         generation.left = size
         self.open.add(generation)
@@ -132,7 +118,7 @@ class Pool:
         self._dispatch()
 
     def _busy(self, reason: str) -> ApiError:
-        seconds = math.ceil(self.seconds * (1 + self.waiting / sum(self.slots)))
+        seconds = math.ceil(self.seconds * (1 + self.waiting / max(1, self.slots)))
         headers = {"Retry-After": str(min(max(seconds, 1), 60))}
         return ApiError(429, f"the server is busy: {reason}; try again later", code="queue_full", headers=headers)
 
@@ -151,17 +137,16 @@ class Pool:
                 del self.queues[generation.client]
         elif generation.left:
             for job in generation.jobs:
-                if job in self.running:
-                    self.loops[generation.worker_id].cancel(job)
+                self.cancel_job(generation, job)
 
     def cancel_job(self, generation: Generation, job: Job) -> None:
-        """One choice is complete by a stop string."""
+        """One choice is complete by a stop string, or wanted no more."""
         if job in self.running:
-            self.loops[generation.worker_id].cancel(job)
+            self.replicas[generation.worker_id].cancel(job)
 
     def _room(self) -> list[int]:
         """Free slots of each replica, a few more than there are."""
-        return [math.ceil(n * (1 + AHEAD)) - busy for n, busy in zip(self.slots, self.assigned, strict=True)]
+        return [math.ceil(replica.slots * (1 + AHEAD)) - len(replica.jobs) for replica in self.replicas]
 
     def _dispatch(self) -> None:
         while self.queues:
@@ -173,24 +158,22 @@ class Pool:
             if queue:
                 self.queues[client] = queue  # behind the others
             generation.worker_id = room.index(most)
-            self.assigned[generation.worker_id] += len(generation.jobs)
             for job in generation.jobs:
-                self.running[job] = (generation.worker_id, generation)
-                self.loops[generation.worker_id].submit(job)
+                self.running[job] = generation
+                self.replicas[generation.worker_id].submit(job)
 
-    def _deliver(self, news: list[News]) -> None:
-        for item in news:
-            worker_id, generation = self.running[item.job]
-            if item.is_last:
-                del self.running[item.job]
-                self.assigned[worker_id] -= 1
+    def _deliver(self, news: list[tuple[Job, News]]) -> None:
+        for job, item in news:
+            generation = self.running[job]
+            if item.finish_reason:
+                del self.running[job]
                 generation.left -= 1
                 self.seconds += 0.05 * (time.perf_counter() - generation.arrived - self.seconds)
-            if item.error is not None:
-                generation.error = generation.error or item.error
+            if item.finish_reason in ("refused", "failed"):
+                generation.error = generation.error or _error(item)
                 self._cancel(generation)
             else:
-                item.job.news.append(item)
+                job.news.append(item)
             generation.changed.set()
         self._dispatch()
 
@@ -200,23 +183,28 @@ class Pool:
     def waiting(self) -> int:
         return sum(len(generation.jobs) for queue in self.queues.values() for generation in queue)
 
+    @property
+    def slots(self) -> int:
+        return sum(replica.slots for replica in self.replicas)
+
     def stats(self) -> dict[str, Any]:
-        free = sum(busy < slots for busy, slots in zip(self.assigned, self.slots, strict=True))
+        free = sum(len(replica.jobs) < replica.slots for replica in self.replicas)
         return {
-            "total_workers": len(self.workers),
+            "total_workers": len(self.replicas),
             "available_workers": free,
-            "busy_workers": len(self.workers) - free,
-            "workers": [{"gpu_id": w.gpu_id, "device": str(w.engine.model.device)} for w in self.workers],
-            "running": sum(self.assigned),
+            "busy_workers": len(self.replicas) - free,
+            "workers": [{"gpu_id": replica.gpu_id, "device": replica.facts.device} for replica in self.replicas],
+            "running": len(self.running),
             "waiting": self.waiting,
             "open_requests": len(self.open),
-            "engines": [loop.stats for loop in self.loops],
+            "engines": [replica.stats for replica in self.replicas],
         }
 
 
-def _slots(engine: Engine) -> int:
-    """Answers that an engine can write at once if each fills the context."""
-    return max(1, min(MAX_ROWS, engine.stats()["cache_tokens_total"] // engine.model.config.sequence_len))
+def _error(news: News) -> ApiError:
+    if news.finish_reason == "refused":
+        return ApiError(400, news.refusal)
+    return ApiError(500, "the engine failed while it wrote this answer; the server's log says why", code="engine_error")
 
 
 def shutting_down() -> ApiError:

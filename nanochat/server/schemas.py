@@ -241,7 +241,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "shutting down"]
+    status: Literal["ok", "shutting down", "no engine"]
     ready: bool
     num_gpus: int
     available_workers: int
