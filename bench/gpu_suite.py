@@ -6,8 +6,9 @@
 
 A call starts nothing that would end after --minutes; the same call again goes on behind what the results file holds,
 until it says that nothing is left. Pieces: kernels (against fp64), speed (tokens/s, mfu, memory at depth 12 and 20 in
-bf16 and fp8), loader (its rate against what the model takes), time (to bpb: modern against plain at depth 12), ablate
-(depth 8 and 12). The packed file holds rows of ids, the validation rows and the bytes of each id: no text is needed.
+bf16 and fp8), loader (its rate against what the model takes), decode (recorded steps against the model's own; tokens/s
+and share of the memory's bandwidth at depth 20), time (to bpb: modern against plain at depth 12), ablate (depth 8 and
+12). The packed file holds rows of ids, the validation rows and the bytes of each id: no text is needed.
 """
 
 from __future__ import annotations
@@ -23,20 +24,23 @@ from typing import Any
 
 import torch
 
-from bench import ablate, common, time_to_bpb, train
+from bench import ablate, common, inference, time_to_bpb, train
 from bench.ablate import AblateConfig
 from bench.common import Plan, Setting
+from bench.inference import InferenceConfig
 from bench.packed import Text
 from bench.results import Results, Task, default_results, finish, run_all, table, words
 from bench.time_to_bpb import TimeToBpbConfig
 from nanochat import attention, fp8
 from nanochat.config import InputError, flag, run_cli
+from nanochat.cuda_graphs import WARM_STEPS, GraphDecoder
 from nanochat.data.loader import PackingLoader
 from nanochat.data.sources import Source, open_source
+from nanochat.runtime import DTYPES
 from nanochat.scaling import ARCHS
 from nanochat.tokenizer import Tokenizer
 
-PIECES = ("kernels", "speed", "loader", "time", "ablate")
+PIECES = ("kernels", "speed", "loader", "decode", "time", "ablate")
 # Largest relative error against fp64 in the L2 norm, outputs and gradients: TF32 has 10 bits of mantissa, bf16 has 7,
 # e4m3 has 3; a few layers add up to some units of the last place.
 LIMITS = {"float32": 4e-3, "bfloat16": 5e-2, "fp8": 0.3}
@@ -248,6 +252,68 @@ def show_loader(found: list[tuple[Task, dict[str, Any]]], speed: list[dict[str, 
     return records
 
 
+# ---- Decoding ---------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def check_graphs(cfg: InferenceConfig, rows: int) -> dict[str, Any]:
+    """Logits of recorded steps against the model's own steps, over twice as many as are not recorded."""
+    model = inference.build(cfg, DTYPES[cfg.weights])
+    # what cannot be recorded on a CPU is run again, which tries the rest of it
+    decoder = GraphDecoder(model, rows, None if model.device.type == "cuda" else lambda run: run)
+    prompts = torch.randint(0, cfg.vocab_size, (rows, cfg.prompt), generator=torch.Generator().manual_seed(1))
+    caches = [model.new_cache(rows, cfg.sequence_len) for _ in range(2)]
+    logits = [model(prompts.to(model.device), cache=cache)[:, -1] for cache in caches]
+    errors = []
+    for length in range(cfg.prompt, cfg.prompt + 2 * WARM_STEPS):
+        idx = logits[1].argmax(-1)
+        views = [cache.at(range(rows), [length] * rows) for cache in caches]
+        logits = [decoder.step(idx, views[0]), model(idx[:, None], cache=views[1])[:, -1]]
+        errors.append(relative_error(logits[:1], logits[1:]))
+    return {"error": max(errors), "recordings": len(decoder.recordings)}
+
+
+def decode_tasks(cfg: SuiteConfig) -> list[Task]:
+    found = []
+    for arch in ARCHS:
+        sizes: dict[str, Any] = {"arch": arch, "depth": 20, "batch": "1,8,128", "weights": "bfloat16", "device": "cuda"}
+        if cfg.tiny:
+            sizes |= {
+                "depth": 1,
+                "batch": "1,2",
+                "device": "cpu",
+                "threads": 1,
+                "vocab_size": 300,
+                "weights": "float32",
+            }
+            sizes |= {"sequence_len": 64, "prompt": 8, "new": 2, "repeats": 1}
+        config = InferenceConfig(**sizes)
+        for name, work in (("graphs", partial(check_graphs, config, 2)), ("decode", partial(decode_rates, config))):
+            spec = {"kind": name, "arch": arch, "config": asdict(config), "machine": common.machine(config.plan)}
+            found.append(Task(f"{name} d{config.depth} {arch}", spec, work))
+    return found
+
+
+def decode_rates(cfg: InferenceConfig) -> dict[str, Any]:
+    return {"rows": inference.measure_all(cfg)}
+
+
+def show_decode(found: list[tuple[Task, dict[str, Any]]]) -> list[dict[str, Any]]:
+    records = []
+    for task, r in found:
+        record = {"kind": task.spec["kind"], "arch": task.spec["arch"], **r}
+        if record["kind"] == "graphs":
+            limit = LIMITS[task.spec["config"]["weights"]]
+            record["ok"] = r["error"] <= limit and r["recordings"] > 0
+            print(
+                f"{task.label}: off by {r['error']:.1e} (limit {limit:.0e}), {r['recordings']} recorded: {record['ok']}"
+            )
+        else:
+            inference.show(r["rows"])
+        records.append(record)
+    return records
+
+
 # ---- Training runs ----------------------------------------------------------------------------------------------
 
 
@@ -321,6 +387,8 @@ def run(cfg: SuiteConfig) -> dict[str, Any] | None:
         outcome["speed"] = show_speed(piece(speed_tasks(cfg)))
     if "loader" in wanted:
         outcome["loader"] = show_loader(piece(loader_tasks(cfg)), outcome.get("speed", []))
+    if "decode" in wanted:
+        outcome["decode"] = show_decode(piece(decode_tasks(cfg)))
     for name in ("time", "ablate"):
         if name in wanted:
             text = text_of(cfg)

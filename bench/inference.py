@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from nanochat.sampling import Sampling
 from nanochat.tokenizer import Tokenizer
 
 READ_BYTES = 256 << 20  # far more than any cache
-WARM_STEPS = 4
+WARM_STEPS = 8  # a GPU's steps are recorded in them
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,16 @@ class InferenceConfig:
                 f"--prompt {self.prompt} and --new {self.new} do not fit --sequence_len {self.sequence_len}"
             )
 
+    @cached_property
+    def plan(self) -> Plan:
+        device = self.device or common.default_device()
+        T = self.sequence_len
+        return Plan(1, T, T, 1, common.default_dtype(device), compile=False, device=device, threads=self.threads)
 
-def build(cfg: InferenceConfig, plan: Plan, dtype: torch.dtype, cast: bool = True) -> GPT:
+
+def build(cfg: InferenceConfig, dtype: torch.dtype, cast: bool = True) -> GPT:
     """A random model, the same each time; as trained ones, no matrix of it is zero."""
-    rt = common.start(plan)
+    rt = common.start(cfg.plan)
     config, _ = common.resolve(Setting(cfg.depth, cfg.arch), cfg.vocab_size, cfg.sequence_len, cfg.sequence_len, 1)
     torch.manual_seed(0)
     model = GPT(config)
@@ -143,10 +150,10 @@ def bandwidth(buffer: Tensor) -> float:
     return buffer.numel() * buffer.itemsize / min(seconds_of(buffer.sum, buffer.device) for _ in range(3))
 
 
-def measure(cfg: InferenceConfig, plan: Plan, weights: str, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    dtype = DTYPES[plan.dtype if weights == "int8" else weights]
-    model, loaded = build(cfg, plan, dtype), build(cfg, plan, dtype, cast=False)
-    plain = build(cfg, plan, dtype)  # not quantized
+def measure(cfg: InferenceConfig, weights: str, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    dtype = DTYPES[cfg.plan.dtype if weights == "int8" else weights]
+    model, loaded = build(cfg, dtype), build(cfg, dtype, cast=False)
+    plain = build(cfg, dtype)  # not quantized
     if weights == "int8":
         quantize_int8(model)
     buffer = torch.zeros(READ_BYTES // 4, device=model.device)
@@ -183,18 +190,17 @@ def measure(cfg: InferenceConfig, plan: Plan, weights: str, tokenizer: Tokenizer
     return lines
 
 
-def run(cfg: InferenceConfig) -> dict[str, Any]:
-    device = cfg.device or common.default_device()
-    dtype = common.default_dtype(device)
-    plan = Plan(1, cfg.sequence_len, cfg.sequence_len, 1, dtype, compile=False, device=device, threads=cfg.threads)
-    wanted = words(cfg.weights) or [dtype, *(["int8"] if device == "cpu" else [])]
+def measure_all(cfg: InferenceConfig) -> list[dict[str, Any]]:
+    wanted = words(cfg.weights) or [cfg.plan.dtype, *(["int8"] if cfg.plan.device == "cpu" else [])]
     for weights in wanted:
         if weights not in (*DTYPES, *QUANTIZED):
             raise InputError(f"--weights {weights} is not known; use some of {', '.join((*DTYPES, *QUANTIZED))}")
     tokenizer = Tokenizer.train_from_iterator(["a text that only gives names to ids"], 265 + 9)
-    lines = [line for weights in wanted for line in measure(cfg, plan, weights, tokenizer)]
+    return [line for weights in wanted for line in measure(cfg, weights, tokenizer)]
+
+
+def show(lines: list[dict[str, Any]]) -> None:
     alone = {line["weights"]: line["decode_tokens_per_second"] for line in reversed(lines) if line["rows"] == 1}
-    print(f"{common.machine(plan)}; depth {cfg.depth}, {cfg.arch}, {cfg.vocab_size:,} ids")
     table(
         [
             "weights",
@@ -224,9 +230,15 @@ def run(cfg: InferenceConfig) -> dict[str, Any]:
             for line in lines
         ],
     )
+
+
+def run(cfg: InferenceConfig) -> dict[str, Any]:
+    lines = measure_all(cfg)
+    print(f"{common.machine(cfg.plan)}; depth {cfg.depth}, {cfg.arch}, {cfg.vocab_size:,} ids")
+    show(lines)
     result = {
         "bench": "inference",
-        "machine": common.machine(plan),
+        "machine": common.machine(cfg.plan),
         "depth": cfg.depth,
         "arch": cfg.arch,
         "rows": lines,

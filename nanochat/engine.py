@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanochat.config import InputError
+from nanochat.cuda_graphs import GraphDecoder
 from nanochat.gpt import GPT
 from nanochat.sampling import Sampling, logprobs, penalise, sample
 from nanochat.slots import Request, SlotTable
@@ -51,6 +52,7 @@ class Engine:
         # A tokenizer without tool tokens (GPT-2's) has no tool.
         self.tool = [tokenizer.encode_special(t) for t in TOOL] if specials.issuperset(TOOL) else [-1] * 4
         self.cpu_decoder = _cpu_decoder(model)
+        self.graphs = GraphDecoder(model, MAX_ROWS) if model.device.type == "cuda" else None
         self.prefill_tokens = PREFILL_TOKENS.get(model.device.type, 1024)
         self.slots = SlotTable(model, cache_bytes, MAX_ROWS)
         self.waiting: deque[Request] = deque()
@@ -271,6 +273,8 @@ class Engine:
         idx = torch.tensor([row.ids[-1] for row in rows]).to(self.model.device)
         if self.cpu_decoder is not None and len(rows) <= CPU_ROWS:
             logits = self.cpu_decoder.step(idx, cache)
+        elif self.graphs is not None:
+            logits = self.graphs.step(idx, cache)
         else:
             logits = self.model(idx[:, None], cache=cache)[:, -1]
         for row in rows:

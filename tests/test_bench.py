@@ -310,6 +310,8 @@ def test_the_whole_suite_runs_in_small_and_then_has_nothing_left(tmp_path, capsy
     lines_before = (tmp_path / "suite.jsonl").read_text()
     assert first is not None and first["left"] == 0
     assert all(r["ok"] for r in first["kernels"]) and {r["depth"] for r in first["speed"]} == {1, 2}
+    assert [r["kind"] for r in first["decode"]] == ["graphs", "decode"] * 2
+    assert all(r["ok"] for r in first["decode"] if r["kind"] == "graphs")
     assert {r["arch"] for r in first["time"]["runs"]} == {"plain", "modern"}
     assert [c["name"] for c in first["ablate"]["candidates"]] == ["hot"]
     capsys.readouterr()
