@@ -9,6 +9,7 @@ With NANOCHAT_API_KEY set (or --api_key, which other users of the machine can se
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +56,8 @@ class ChatWebConfig:
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
             raise InputError(f"--num_gpus must be at least 1, got {self.num_gpus}")
+        if not 0 <= self.port < 65_536:
+            raise InputError(f"--port must be from 0 (any that is free) to 65535, got {self.port}")
         if not 1 <= self.port <= 65535:
             raise InputError(f"--port must be from 1 to 65535, got {self.port}")
         if not 0 <= self.shutdown_seconds < float("inf"):
@@ -95,14 +98,32 @@ def load_replicas(cfg: ChatWebConfig) -> list[Replica]:
     return replicas
 
 
+def bind(host: str, port: int) -> socket.socket:
+    """Before the model is loaded, for nothing if somebody else has the port.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a server that has ended linger
+    try:
+        listener.bind((host, port))
+    except OSError as error:  # a host without an address is one, too
+        listener.close()
+        raise InputError(f"cannot listen at {host}:{port}: {error.strerror}; choose another --port or --host") from None
+    return listener
+
+
 def run(cfg: ChatWebConfig) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("nanochat.server").setLevel(logging.INFO)
+    listener = bind(cfg.host, cfg.port)
     model = checkpoint.find(cfg.source, cfg.model_tag, cfg.step).parent.name
     app = create_app(load_replicas(cfg), get_tokenizer(), settings(cfg, model))
-    print(f"nanochat: open http://{cfg.host}:{cfg.port}", flush=True)
-    config = uvicorn.Config(app, host=cfg.host, port=cfg.port, log_level="warning", access_log=False, ws="none")
-    StoppableServer(config, app.state.pool, cfg.shutdown, cfg.shutdown_seconds).run()
+    print(f"nanochat: open http://{cfg.host}:{listener.getsockname()[1]}", flush=True)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none")
+    StoppableServer(config, app.state.pool, cfg.shutdown, cfg.shutdown_seconds).run([listener])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 import uvicorn
 
 from nanochat.checkpoint import host_copy, write
 from nanochat.environment import base_dir
 from nanochat.server.app import Settings, create_app
 from nanochat.server.stopping import StoppableServer
+from scripts import chat_web
 from tests.tiny_engine import TOKENIZER, tiny_gpt
 from tests.tiny_server import RecordingEngine, client_of, replicas, running
 
@@ -138,3 +140,17 @@ def test_the_command_serves_a_checkpoint_and_ends_in_order():
             assert "its engine died" in output and "Traceback" not in output and "hello" not in output
         finally:
             process.kill()
+
+
+def test_a_port_that_is_taken_is_one_line_before_a_model_is_looked_for(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for flags, message in (
+            ([f"--port={port}"], f"cannot listen at 127.0.0.1:{port}: Address already in use; choose another --port"),
+            (["--port=65536"], "--port must be from 0 (any that is free) to 65535, got 65536"),
+            (["--host=192.0.2.1"], "cannot listen at 192.0.2.1:8000: Cannot assign requested address; choose another"),
+        ):
+            with pytest.raises(SystemExit) as end:
+                chat_web.main(flags)
+            assert end.value.code == 2
+            assert capsys.readouterr().err.startswith(f"error: {message}")
