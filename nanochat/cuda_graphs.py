@@ -18,8 +18,8 @@ from nanochat.kv_cache import KVCache
 Recorder = Callable[[Callable[[], None]], Callable[[], object]]
 
 END = 256  # a recording sees slots 0..end of the cache, a multiple of this: a row needs another when it has grown by it
-WARM_STEPS = 4  # not recorded, of each number of rows: recording takes about as long, and libraries set up in them
-MAX_RECORDINGS = 64  # the oldest goes
+WARM_STEPS = 4  # not recorded, of each number of rows: recording takes about as long
+MAX_RECORDINGS = 128  # the one that was unused for longest goes
 
 
 def cuda_recorder() -> Recorder:
@@ -28,8 +28,10 @@ def cuda_recorder() -> Recorder:
 
     def record(run: Callable[[], None]) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            run()
+        run()  # libraries set themselves up at the first use of a shape, which cannot be recorded
+        with torch.cuda.stream(torch.cuda.current_stream()):  # to which a failure does not always return by itself
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                run()
         return graph.replay
 
     return record
@@ -41,23 +43,28 @@ class GraphDecoder:
     Weights may change where they lie.
     """
 
-    def __init__(self, model: GPT, max_rows: int, record: Recorder | None = None) -> None:
-        self.model = model
-        self.record = record or cuda_recorder()
+    def __init__(self, model: GPT, max_rows: int, recorder: Callable[[], Recorder] = cuda_recorder) -> None:
+        self.model, self.recorder = model, recorder
         self.idx = torch.zeros(max_rows, 1, dtype=torch.int64, device=model.device)
         self.lengths = torch.zeros(max_rows, dtype=torch.int64, device=model.device)
         self.logits = torch.zeros(max_rows, model.config.vocab_size, device=model.device)
-        self.tokens: Tensor | None = None  # of the cache that the recordings are of
         self.recordings: dict[tuple[int, int], tuple[Callable[[], object], KVCache]] = {}  # by rows and end
         self.met: dict[tuple[int, int], int] = {}  # how often
         self.is_off = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the recordings, and with them the cache."""
+        self.tokens: Tensor | None = None  # of the cache that the recordings are of
+        self.recordings.clear()
+        self.met.clear()
+        self.record = self.recorder()  # a pool of recordings that are all gone cannot be used again
 
     def step(self, idx: Tensor, cache: KVCache) -> Tensor:
         """model(idx[:, None], cache=cache)[:, -1]: (B,) ids -> (B, V) fp32 logits, which hold until the next step."""
         if self.tokens is not cache.tokens:
+            self.clear()
             self.tokens = cache.tokens
-            self.recordings.clear()
-            self.met.clear()
         assert cache.longest is not None and cache.rows == slice(0, len(idx))
         end = min(-(-(cache.longest + 1) // END) * END, cache.max_len, self.model.config.max_positions)
         key = len(idx), end
@@ -73,17 +80,20 @@ class GraphDecoder:
                 self.is_off = True
                 print0(f"decoding goes on without CUDA graphs, more slowly: {str(error).splitlines()[0]}")
                 return self.model(idx[:, None], cache=cache)[:, -1]
-        self.recordings[key][0]()
+        self.recordings[key] = recording = self.recordings.pop(key)
+        recording[0]()
         cache.lengths = cache.lengths + 1
         return self.logits[: len(idx)]
 
     def _record(self, rows: int, end: int, cache: KVCache) -> None:
         view = copy.copy(cache)  # kept with the recording, whose kernels find the rows' numbers in it
-        view.lengths, view.longest = self.lengths[:rows], end - 1
+        view.longest = end - 1
 
         def run() -> None:
+            view.lengths = self.lengths[:rows]
             self.logits[:rows] = self.model(self.idx[:rows], cache=view)[:, -1]
 
         if len(self.recordings) == MAX_RECORDINGS:
-            del self.recordings[next(iter(self.recordings))]
+            oldest = next(iter(self.recordings))
+            del self.recordings[oldest], self.met[oldest]
         self.recordings[rows, end] = self.record(run), view

@@ -123,12 +123,23 @@ class Engine:
     def release(self) -> None:
         """Give the cache's memory back, and forget what ended rows left in it. Only while not busy."""
         assert not self.busy
-        self.slots.release()
+        self._forget()
 
     def reset(self) -> None:
-        """Forget every request and the cache, in whatever state an error left them."""
+        """Forget every request and the cache, in whatever state an error left them.
+
+        Raises:
+            RuntimeError: the GPU can no longer be used.
+        """
         self.waiting.clear()
+        self._forget()
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+    def _forget(self) -> None:
         self.slots.release()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     # Whole answers ------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import uvicorn
@@ -58,8 +59,6 @@ class ChatWebConfig:
             raise InputError(f"--num_gpus must be at least 1, got {self.num_gpus}")
         if not 0 <= self.port < 65_536:
             raise InputError(f"--port must be from 0 (any that is free) to 65535, got {self.port}")
-        if not 1 <= self.port <= 65535:
-            raise InputError(f"--port must be from 1 to 65535, got {self.port}")
         if not 0 <= self.shutdown_seconds < float("inf"):
             raise InputError(f"--shutdown_seconds must be 0 or more, got {self.shutdown_seconds}")
         settings(self, "")  # refuses what is out of range
@@ -80,8 +79,8 @@ def settings(cfg: ChatWebConfig, model: str) -> Settings:
     )
 
 
-def load_replicas(cfg: ChatWebConfig) -> list[Replica]:
-    """One per GPU; a single one on other devices.
+def load_replicas(cfg: ChatWebConfig, found: Path) -> list[Replica]:
+    """One per GPU; a single one on other devices. They load the checkpoint `found`, whatever is saved later.
 
     Raises:
         InputError: no such checkpoint, or fewer GPUs than asked for.
@@ -91,10 +90,16 @@ def load_replicas(cfg: ChatWebConfig) -> list[Replica]:
         raise InputError(
             f"--num_gpus {cfg.num_gpus}, but there are {torch.cuda.device_count()} GPUs to use; ask for no more"
         )
-    spec = EngineSpec(cfg.source, cfg.device_type, cfg.model_tag, cfg.step, cfg.dtype, cfg.quantize)
+    step = int(found.name.removeprefix("step_"))
+    spec = EngineSpec(cfg.source, cfg.device_type, found.parent.name, step, cfg.dtype, cfg.quantize)
     replicas = [Replica(i, partial(EngineProcess, spec, i)) for i in range(cfg.num_gpus)]
-    for replica in replicas:
-        replica.wait()
+    try:
+        for replica in replicas:
+            replica.wait()
+    except BaseException:  # Ctrl-C too
+        for replica in replicas:
+            replica.engine.close(0)
+        raise
     return replicas
 
 
@@ -105,7 +110,7 @@ def bind(host: str, port: int) -> socket.socket:
         InputError: it cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # said, or asyncio leaves TCP_NODELAY off
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a server that has ended linger
     try:
         listener.bind((host, port))
@@ -119,8 +124,8 @@ def run(cfg: ChatWebConfig) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("nanochat.server").setLevel(logging.INFO)
     listener = bind(cfg.host, cfg.port)
-    model = checkpoint.find(cfg.source, cfg.model_tag, cfg.step).parent.name
-    app = create_app(load_replicas(cfg), get_tokenizer(), settings(cfg, model))
+    found = checkpoint.find(cfg.source, cfg.model_tag, cfg.step)
+    app = create_app(load_replicas(cfg, found), get_tokenizer(), settings(cfg, found.parent.name))
     print(f"nanochat: open http://{cfg.host}:{listener.getsockname()[1]}", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none")
     StoppableServer(config, app.state.pool, cfg.shutdown, cfg.shutdown_seconds).run([listener])

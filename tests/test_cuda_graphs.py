@@ -1,5 +1,7 @@
 """Decoding by recorded steps. A tape of operations on fixed addresses stands for a CUDA graph, which it is like."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -40,10 +42,15 @@ class Tape(TorchDispatchMode):
 
 
 class Recorder:
-    def __init__(self) -> None:
+    """Given a refusal, it refuses."""
+
+    def __init__(self, refusal: str = "") -> None:
+        self.refusal = refusal
         self.tapes: list[Tape] = []
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], object]:
+        if self.refusal:
+            raise RuntimeError(self.refusal)
         tape = Tape()
         with tape:
             run()
@@ -57,12 +64,12 @@ def short_stretches(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "WARM_STEPS", 1)
 
 
-def make(arch: str, record: Callable[..., Any] | None = None) -> Engine:
+def make(arch: str, record: Recorder | None = None) -> Engine:
     sizes = {"sequence_len": 96, "window_pattern": "SSL", "short_window": 10, "n_layer": 3}
     engine = Engine(tiny_gpt(TOKENIZER.get_vocab_size(), arch=arch, **sizes), TOKENIZER)
     engine.cpu_decoder = None
     if record is not None:
-        engine.graphs = GraphDecoder(engine.model, MAX_ROWS, record)
+        engine.graphs = GraphDecoder(engine.model, MAX_ROWS, lambda: record)
     return engine
 
 
@@ -92,18 +99,33 @@ def test_recorded_steps_write_the_same_answers(arch):
 
 def test_a_recording_sees_weights_that_changed_where_they_lie():
     recorded, plain = make("plain", Recorder()), make("plain")
-    answers(recorded)
     for engine in (recorded, plain):
-        engine.model.lm_head.weight.data.mul_(-1)
-        engine.release()
-    assert answers(recorded) == answers(plain)
+        engine.terminal = set()
+        engine.submit([TOKENIZER.get_bos_token_id()], max_tokens=60, sampling=Sampling(temperature=0.0))
+        for step in range(40):
+            engine.step()
+            if step == 20:
+                engine.model.lm_head.weight.data.mul_(-1)
+    assert recorded.slots.running[0].ids == plain.slots.running[0].ids
+    assert sum(tape.replays for tape in recorded.graphs.record.tapes) > 30
+
+
+def test_release_and_reset_give_the_caches_memory_back():
+    record = Recorder()
+    engine = make("plain", record)
+    for forget in (engine.release, engine.reset):
+        answers(engine)
+        assert engine.graphs.recordings
+        memory = weakref.ref(engine.slots.cache.k[0])
+        forget()
+        record.tapes.clear()
+        gc.collect()
+        assert memory() is None
 
 
 def test_what_cannot_be_recorded_is_said_once_and_computed(capsys):
-    def refuse(run: Callable[[], None]) -> Callable[[], object]:
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    assert answers(make("plain", refuse)) == answers(make("plain"))
+    refusal = "operation not permitted when stream is capturing\nand more"
+    assert answers(make("plain", Recorder(refusal))) == answers(make("plain"))
     assert capsys.readouterr().out == (
         "decoding goes on without CUDA graphs, more slowly: operation not permitted when stream is capturing\n"
     )

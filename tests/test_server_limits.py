@@ -8,13 +8,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
+from multiprocessing import Pipe
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanochat.server import gate
-from tests.tiny_server import RecordingEngine, serving
+from tests.tiny_server import EngineThread, RecordingEngine, serving
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 CHAT = "/v1/chat/completions"
@@ -312,6 +314,40 @@ def test_an_engine_that_dies_is_started_again_and_what_waits_is_answered(caplog,
         assert client.get("/health").json()["ready"]
     assert sorted(answer.status_code for answer in answers) == [200, 200, 500, 500]
     assert "its engine died with 2 answers; another starts" in caplog.text
+
+
+def test_when_no_engine_can_be_started_again_nobody_waits_for_one(caplog, monkeypatch):
+    monkeypatch.setattr("nanochat.server.replica.RESTART_SECONDS", 0.2)
+    engine, starts = RecordingEngine(), count()
+    engine.dies = True
+    start = EngineThread.__init__
+
+    def start_badly(self: EngineThread, engine: RecordingEngine) -> None:
+        nth = next(starts)
+        if nth == 0:
+            raise OSError(12, "Cannot allocate memory")
+        if nth > 1:
+            return start(self, engine)
+        self.connection, theirs = Pipe()
+        theirs.send("the checkpoint is damaged")
+        theirs.close()
+        self.thread = threading.Thread()
+        self.thread.start()
+
+    with serving(engine, max_tokens=2) as client:
+        monkeypatch.setattr(EngineThread, "__init__", start_badly)
+        answers = []
+        threads = [threading.Thread(target=lambda: answers.append(ask(client))) for _ in range(3)]
+        for n, thread in enumerate(threads):  # two are with the engine, one in the queue
+            thread.start()
+            until(lambda n=n: stats(client)["open_requests"] == n + 1)
+        engine.gate.set()
+        for thread in threads:
+            thread.join(10)
+        assert sorted(answer.status_code for answer in answers) == [500, 500, 503]
+        until(lambda: client.get("/health").status_code == 200)
+        assert ask(client).status_code == 200
+    assert "Cannot allocate memory" in caplog.text and "the checkpoint is damaged" in caplog.text
 
 
 def test_while_one_engine_is_dead_the_others_answer(monkeypatch):

@@ -98,7 +98,7 @@ class EngineLoop:
         self.engine = engine
         self.connection = connection
         self.jobs: dict[int, Written] = {}
-        self.by_request: dict[int, Written] = {}  # by the id() of their requests
+        self.by_request: dict[Request, Written] = {}
         self.touched: dict[int, Written] = {}  # have something that was not handed over
         self.handed_over = 0.0
         self.inbox: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
@@ -152,15 +152,15 @@ class EngineLoop:
             log.exception("the engine refused a request")
             self._tell([News(message.job, finish_reason="failed")])
         else:
-            self.jobs[message.job] = self.by_request[id(request)] = Written(message.job, request)
+            self.jobs[message.job] = self.by_request[request] = Written(message.job, request)
 
     def _forget(self, written: Written) -> None:
-        del self.jobs[written.job], self.by_request[id(written.request)]
+        del self.jobs[written.job], self.by_request[written.request]
         self.touched.pop(written.job, None)
 
     def _hand_over(self, progressed: Sequence[Request]) -> None:
         for one in progressed:
-            if written := self.by_request.get(id(one)):
+            if written := self.by_request.get(one):
                 self.touched[written.job] = written
         now = time.perf_counter()
         is_due = now - self.handed_over >= min(PAUSE_SECONDS * len(self.jobs), MAX_PAUSE_SECONDS)
@@ -182,7 +182,7 @@ class EngineLoop:
         self._tell(news)
 
     def _give_up(self) -> None:
-        """After an error nothing is known of the engine's state, so it begins anew."""
+        """After an error nothing is known of the engine's state, so it begins anew; or, if it cannot, its process."""
         news = [News(job, finish_reason="failed") for job in self.jobs]
         for kept in (self.jobs, self.by_request, self.touched):
             kept.clear()

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,21 +79,21 @@ class Pool:
         `seconds`, or all at once if `how` is "cancel"."""
         self.closing = how
         if how == "cancel":
-            self._fail_all()
+            self._fail(self.open, shutting_down)
         try:
             await asyncio.wait_for(self._all_sent(), seconds)
         except asyncio.TimeoutError:
             log.info("%d requests are not finished after %g s, and cancelled", len(self.open), seconds)
-            self._fail_all()
+            self._fail(self.open, shutting_down)
 
     async def _all_sent(self) -> None:
         while self.open:
             self.idle.clear()
             await self.idle.wait()
 
-    def _fail_all(self) -> None:
-        for generation in list(self.open):
-            generation.error = shutting_down()
+    def _fail(self, generations: Iterable[Generation], error: Callable[[], ApiError]) -> None:
+        for generation in list(generations):
+            generation.error = error()
             generation.changed.set()
             self._cancel(generation)
 
@@ -175,6 +175,8 @@ class Pool:
             else:
                 job.news.append(item)
             generation.changed.set()
+        if all(replica.cannot_load for replica in self.replicas):
+            self._fail((one for queue in self.queues.values() for one in queue), no_engine)
         self._dispatch()
 
     # ---- figures ------------------------------------------------------------------------------------------------
@@ -205,6 +207,10 @@ def _error(news: News) -> ApiError:
     if news.finish_reason == "refused":
         return ApiError(400, news.refusal)
     return ApiError(500, "the engine failed while it wrote this answer; the server's log says why", code="engine_error")
+
+
+def no_engine() -> ApiError:
+    return ApiError(503, "no engine can be loaded again; the server's log says why", code="no_engine")
 
 
 def shutting_down() -> ApiError:

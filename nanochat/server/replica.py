@@ -82,7 +82,8 @@ class Replica:
         self.numbers = count()
         self.stats: dict[str, int] = {}  # the engine's, when it last told something
         self.is_up = False
-        self.restart: asyncio.TimerHandle | None = None
+        self.cannot_load = False  # the last try to start another ended before it was ready
+        self.restart: asyncio.Task[None] | None = None
         self.engine = start()
 
     def wait(self) -> None:
@@ -100,7 +101,7 @@ class Replica:
         self._ready(message)
 
     def _ready(self, facts: Facts) -> None:
-        self.facts, self.is_up = facts, True
+        self.facts, self.is_up, self.cannot_load = facts, True, False
 
     @property
     def slots(self) -> int:
@@ -151,14 +152,21 @@ class Replica:
             RESTART_SECONDS,
         )
         self.loop.remove_reader(self.engine.connection.fileno())
-        self.engine.close(0)
-        self.is_up, self.stats = False, {}
+        self.is_up, self.cannot_load, self.stats = False, not self.is_up, {}
         self._tell([News(number, finish_reason="failed") for number in self.jobs])
-        self.restart = self.loop.call_later(RESTART_SECONDS, self._start_again)
+        self.restart = self.loop.create_task(self._start_again())
 
-    def _start_again(self) -> None:
+    async def _start_again(self) -> None:
+        await self.loop.run_in_executor(None, self.engine.close, 0.0)  # a GPU takes its time to let go
+        while True:
+            await asyncio.sleep(RESTART_SECONDS)
+            try:
+                self.engine = self.start()
+            except OSError as error:  # no room for a process
+                log.error("worker %d: %s", self.gpu_id, error)
+            else:
+                break
         self.restart = None
-        self.engine = self.start()
         self.loop.add_reader(self.engine.connection.fileno(), self._read)
 
     async def stop(self) -> None:
