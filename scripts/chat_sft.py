@@ -128,7 +128,7 @@ SETTLED = (
 
 # Parts of SFT's learning rates. At half of this one's, words that the file does not have are taken for other questions;
 # at more, other tasks are forgotten.
-TEACHING_RATES = 1.75
+TEACHING_RATES = 1.25
 PREFERENCE_RATES = 0.25  # at all of them the wanted form is learned, and what is right forgotten
 
 
