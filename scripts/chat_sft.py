@@ -9,7 +9,7 @@
 Reads mid_checkpoints/<tag>/ (or base_checkpoints/); writes chatsft_checkpoints/<tag>/.
 
 --source=sft goes on from the SFT model, and writes <tag>-own beside it. Settings that are left out are those of the
-run that made it, learning rates 1.75 times its; your conversations are shown many times, in other words each time,
+run that made it, learning rates 1.25 times its; your conversations are shown many times, in other words each time,
 among four times as many others. With --dpo it writes <tag>-dpo at a quarter of its rates, and a tenth of the pairs is
 held out.
 """

@@ -159,7 +159,7 @@ def test_teaching_takes_new_examples_of_what_is_made_when_asked_for(tmp_path: Pa
     assert taught == Counter([*(c["messages"][0]["content"] for c in others), *["one?"] * 10])
 
 
-@pytest.mark.parametrize(("rows", "epochs"), [(10, 60), (100, 40), (400, 10), (5000, 4)])
+@pytest.mark.parametrize(("rows", "epochs"), [(10, 120), (100, 40), (400, 10), (5000, 4)])
 def test_few_conversations_are_taught_often_and_many_less_often(rows: int, epochs: int):
     assert Teach.epochs(rows) == epochs
 

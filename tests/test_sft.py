@@ -151,11 +151,11 @@ def test_learning_rates_of_what_comes_after_sft_are_parts_of_sfts_however_many_r
         ChatSFTConfig(source="sft", **more) for more in ({"conversations": ("a.jsonl",)}, {"dpo": "b.jsonl"}, {})
     )
     sft = {"source": "mid", "init_lr_frac": 0.4, "dpo": "None", "conversations": "own.jsonl"}
-    taught = {"source": "sft", "init_lr_frac": 0.7, "dpo": "None", "conversations": "a.jsonl"}
+    taught = {"source": "sft", "init_lr_frac": 0.5, "dpo": "None", "conversations": "a.jsonl"}
     prefers = {"source": "sft", "init_lr_frac": 0.1, "dpo": "b.jsonl", "conversations": "None"}
     for before in (sft, taught, prefers):
         rates = [settled(cfg, before).init_lr_frac for cfg in (teach, prefer, go_on)]
-        assert rates == pytest.approx([0.7, 0.1, 0.4])
+        assert rates == pytest.approx([0.5, 0.1, 0.4])
     told = parse_config(ChatSFTConfig, ["--source=sft", "--conversations=a.jsonl", "--init_lr_frac=0.02"])
     assert settled(told, sft).init_lr_frac == 0.02
 
