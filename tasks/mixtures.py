@@ -80,7 +80,7 @@ class Teach:
 
     @staticmethod
     def epochs(rows: int) -> int:
-        """How often to show each of so many, where --conversations does not say: ten of them 120 times, a hundred 40."""
+        """How often to show each of so many, where --conversations does not say: ten 120 times, a hundred 40."""
         return min(120, max(4, round(4000 / rows)))
 
 
