@@ -52,6 +52,11 @@ def api_key() -> str | None:
     return os.environ.get("NANOCHAT_API_KEY") or None
 
 
+def of_local_rank(local_rank: int) -> dict[str, str]:
+    """For a process of ours: by it runtime.start() takes that GPU."""
+    return {**os.environ, "LOCAL_RANK": str(local_rank)}
+
+
 def offer_tiktoken_cache() -> None:
     """Let tiktoken read its vocabularies from the hub mirror, unless TIKTOKEN_CACHE_DIR says where."""
     hub = hub_dir()

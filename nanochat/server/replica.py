@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Protocol
 
+from nanochat import environment
 from nanochat.config import InputError
 from nanochat.sampling import Sampling
 from nanochat.server.engine_loop import Cancel, EngineSpec, Facts, News, Submit
@@ -54,7 +54,7 @@ class EngineProcess:
             [sys.executable, "-c", code],
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            env={**os.environ, "LOCAL_RANK": str(gpu_id)},  # by which runtime.start() takes its GPU
+            env=environment.of_local_rank(gpu_id),
             start_new_session=True,  # a terminal's Ctrl-C is for the server, which lets its engines finish
         )
         theirs.close()
