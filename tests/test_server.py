@@ -14,7 +14,7 @@ from nanochat.config import InputError
 from nanochat.sampling import Sampling
 from nanochat.server.app import Settings
 from tests.tiny_engine import scripted_engine
-from tests.tiny_server import END, START, TOKENIZER, RecordingEngine, serving
+from tests.tiny_server import END, START, TOKENIZER, RecordingEngine, serving, until
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0.0}
 
@@ -193,7 +193,7 @@ def test_a_client_that_leaves_stops_the_generation_and_frees_the_worker():
             next(response.iter_raw())
         assert engine.cancelled.wait(5)
         assert engine.written < 1000  # 4096 tokens would take more than 20 seconds
-        assert client.get("/health").json()["available_workers"] == 1
+        until(lambda: client.get("/health").json()["available_workers"] == 1)
 
 
 def test_settings_out_of_range_are_refused_at_the_start():

@@ -6,8 +6,7 @@ import json
 import logging
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from multiprocessing import Pipe
 
@@ -16,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanochat.server import gate
-from tests.tiny_server import EngineThread, RecordingEngine, serving
+from tests.tiny_server import EngineThread, RecordingEngine, serving, until
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 CHAT = "/v1/chat/completions"
@@ -28,13 +27,6 @@ def client() -> Iterator[httpx.Client]:
     engine.gate.set()
     with serving(engine, max_tokens=2, max_body_bytes=10_000) as client:
         yield client
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def stats(client: httpx.Client) -> dict:

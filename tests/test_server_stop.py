@@ -8,8 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -23,17 +21,10 @@ from nanochat.server.app import Settings, create_app
 from nanochat.server.stopping import StoppableServer
 from scripts import chat_web
 from tests.tiny_engine import TOKENIZER, tiny_gpt
-from tests.tiny_server import RecordingEngine, client_of, replicas, running
+from tests.tiny_server import RecordingEngine, client_of, replicas, running, until
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 CHAT = "/v1/chat/completions"
-
-
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def asking(client: httpx.Client, answers: list[httpx.Response], **fields) -> threading.Thread:

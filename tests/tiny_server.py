@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import Pipe
@@ -147,3 +147,10 @@ def serving(*engines: Engine | RecordingEngine, **settings: Any) -> Iterator[htt
     """A client of a running server."""
     with running(engines, "finish", 5, **settings) as server, client_of(server) as client:
         yield client
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
