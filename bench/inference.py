@@ -25,6 +25,8 @@ from bench import common
 from bench.common import Plan, Setting
 from bench.results import finish, numbers, table, words
 from nanochat.config import InputError, flag, run_cli
+from nanochat.cuda_graphs import WARM_STEPS as GRAPH_WARM_STEPS
+from nanochat.cuda_graphs import GraphDecoder, cuda_recorder
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.quantize import QUANTIZED, Int8Linear, quantize_int8
@@ -188,6 +190,27 @@ def measure(cfg: InferenceConfig, weights: str, tokenizer: Tokenizer) -> list[di
             }
         )
     return lines
+
+
+@torch.inference_mode()
+def check_graphs(cfg: InferenceConfig, rows: int) -> dict[str, Any]:
+    """Logits of recorded steps against the model's own steps, in one cache and then another."""
+    model = build(cfg, DTYPES[cfg.weights])
+    # what cannot be recorded on a CPU is run again, which tries the rest of it
+    is_cuda = model.device.type == "cuda"
+    decoder = GraphDecoder(model, rows, cuda_recorder if is_cuda else lambda: lambda run: run)
+    prompts = torch.randint(0, cfg.vocab_size, (rows, cfg.prompt), generator=torch.Generator().manual_seed(1))
+    errors, recordings = [], 0
+    for _ in range(2):
+        caches = [model.new_cache(rows, cfg.sequence_len) for _ in range(2)]
+        logits = [model(prompts.to(model.device), cache=cache)[:, -1] for cache in caches]
+        for length in range(cfg.prompt, cfg.prompt + 2 * GRAPH_WARM_STEPS):
+            idx = logits[1].argmax(-1)
+            views = [cache.at(range(rows), [length] * rows) for cache in caches]
+            logits = [decoder.step(idx, views[0]), model(idx[:, None], cache=views[1])[:, -1]]
+            errors.append(float((logits[0] - logits[1]).norm() / logits[1].norm()))
+        recordings += len(decoder.recordings)
+    return {"error": max(errors), "recordings": recordings}
 
 
 def measure_all(cfg: InferenceConfig) -> list[dict[str, Any]]:

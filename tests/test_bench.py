@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import ablate, common, gpu_suite, packed, results, serve, teach, time_to_bpb
+from bench import ablate, common, gpu_suite, inference, packed, results, serve, teach, time_to_bpb
 from bench import checkpoint as saving_bench
 from bench.ablate import Candidate, Pairs, judge, leave_one_out, neighbours, paired_p, t_two_sided
 from bench.common import Built, Plan, Setting
@@ -299,6 +299,14 @@ def test_relative_error_of_attention_and_model_shows_a_wrong_kernel(monkeypatch)
     assert gpu_suite.check_model("modern", "cpu", "float32", (1, 32, 64, 16))["error"] < 1e-4
     monkeypatch.setattr(gpu_suite.attention, "causal_attention", lambda q, k, v: v + 0 * (q + k))
     assert gpu_suite.check_attention("cpu", "float32", 16, 8)["error"] > 0.1
+
+
+def test_steps_that_replay_something_else_are_seen(monkeypatch):
+    sizes = {"depth": 1, "vocab_size": 300, "sequence_len": 64, "prompt": 8, "new": 2, "weights": "float32"}
+    cfg = inference.InferenceConfig(**sizes, device="cpu", threads=1)
+    assert inference.check_graphs(cfg, 2)["error"] < 1e-5
+    monkeypatch.setattr(inference.GraphDecoder, "step", lambda self, idx, cache: torch.ones(2, 1))
+    assert inference.check_graphs(cfg, 2)["error"] > 0.1
 
 
 def test_the_whole_suite_runs_in_small_and_then_has_nothing_left(tmp_path, capsys):
