@@ -57,8 +57,8 @@ class ChatWebConfig:
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
             raise InputError(f"--num_gpus must be at least 1, got {self.num_gpus}")
-        if not 0 <= self.port < 65_536:
-            raise InputError(f"--port must be from 0 (any that is free) to 65535, got {self.port}")
+        if not 1 <= self.port <= 65535:
+            raise InputError(f"--port must be from 1 to 65535, got {self.port}")
         if not 0 <= self.shutdown_seconds < float("inf"):
             raise InputError(f"--shutdown_seconds must be 0 or more, got {self.shutdown_seconds}")
         settings(self, "")  # refuses what is out of range
@@ -126,7 +126,7 @@ def run(cfg: ChatWebConfig) -> None:
     listener = bind(cfg.host, cfg.port)
     found = checkpoint.find(cfg.source, cfg.model_tag, cfg.step)
     app = create_app(load_replicas(cfg, found), get_tokenizer(), settings(cfg, found.parent.name))
-    print(f"nanochat: open http://{cfg.host}:{listener.getsockname()[1]}", flush=True)
+    print(f"nanochat: open http://{cfg.host}:{cfg.port}", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none")
     StoppableServer(config, app.state.pool, cfg.shutdown, cfg.shutdown_seconds).run([listener])
 

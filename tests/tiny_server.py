@@ -27,6 +27,8 @@ from nanochat.slots import Request
 from tests.tiny_engine import TOKENIZER, special
 
 START, END = special("assistant_start"), special("assistant_end")
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+CHAT = "/v1/chat/completions"
 
 
 class RecordingEngine:
@@ -154,3 +156,11 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def stats(client: httpx.Client) -> dict:
+    return client.get("/stats").json()
+
+
+def ask(client: httpx.Client, **fields) -> httpx.Response:
+    return client.post(CHAT, json={**HELLO, **fields})
