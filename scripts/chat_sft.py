@@ -126,8 +126,8 @@ SETTLED = (
     *(OF_THE_MIXTURE := ("mixture", "task", "aqua_train_examples", "aqua_val_examples")),
 )
 
-# Parts of SFT's learning rates. At half of this one's, words that the file does not have are taken for other questions;
-# at more, other tasks are forgotten.
+# Parts of SFT's learning rates. At SFT's own, words that the file does not have are taken for other questions; at more
+# than this, other tasks are forgotten.
 TEACHING_RATES = 1.25
 PREFERENCE_RATES = 0.25  # at all of them the wanted form is learned, and what is right forgotten
 
