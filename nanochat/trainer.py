@@ -254,8 +254,8 @@ class Trainer:
         self.pending: list[tuple[Tensor, Tensor]] | Exception | None = None
         self.mfu = 0.0
         self.last_line = -math.inf
-        self.begun = time.perf_counter()
-        self.begun_step = self.state.step
+        self.first_step = self.state.step
+        self.steady = 0.0, 0  # when, and after how many steps, this process was warm
 
     def run(self, evals: Sequence[tuple[int | None, Evaluation]] = ()) -> LoopState:
         """Train to the end."""
@@ -336,6 +336,8 @@ class Trainer:
         history = state.history
         new = {"loss": state.loss, "grad_norm": history.norms[-1]} if is_taken else {"skipped": history.skipped}
         self.tracker.log(done, **new, lrm=lrm, dt=dt, tok_per_sec=tokens / dt, mfu=mfu)
+        if done - self.first_step <= WARMUP_STEPS_UNTIMED:
+            self.steady = now, done
         if now - self.last_line < SECONDS_PER_LINE and done != total and state.step > 0:
             return
         self.last_line = now
@@ -347,9 +349,10 @@ class Trainer:
             f" | loss: {smooth:.6f} | lrm: {lrm:.2f} | dt: {dt * 1000:.2f}ms | tok/sec: {int(tokens / dt):,}"
             f" | mfu: {mfu:.2f} | total time: {state.train_seconds / 60:.2f}m"
         )
-        if total is not None:
-            eta = (now - self.begun) / (done - self.begun_step) * (total - done)
-            line += f" | eta: {eta / 60:.1f}m"
+        if total is not None and done - self.first_step > 1:  # the first step compiles
+            since, after = self.steady  # evaluations since then count, they come again
+            per_step = (now - since) / (done - after) if done > after else dt
+            line += f" | eta: {per_step * (total - done) / 60:.1f}m"
         print0(line)
 
     def _mfu(self, tokens: int, seconds: float) -> float:

@@ -2,7 +2,8 @@
 # A miniseries of --arch=modern by the depth dial, and the power law through it. Unattended; run it again to go on.
 #
 #   bash runs/scaling_laws.sh                                            # depths 2 4 6 8 on climbmix
-#   DEPTHS="2 3 4 6" VOCAB=4096 bash runs/scaling_laws.sh --dataset=FOLDER --max_seq_len=512 --num_iterations=100
+#   DEPTHS="2 4 6" VOCAB=4096 bash runs/scaling_laws.sh --dataset=FOLDER --max_seq_len=512 \
+#       --target_param_data_ratio=0.1 --eval_tokens=524288 --compile                    # two CPU cores, 20 minutes
 #   DEPTHS="4 6" BATCHES="8192 16384 32768" bash runs/scaling_laws.sh ...   # which batch is best at each depth?
 #
 # The flags are those of scripts.base_train (--dataset, --num_iterations, --max_seq_len ...); RANKS > 1 uses torchrun.

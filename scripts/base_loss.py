@@ -12,7 +12,6 @@ Reads base_checkpoints/<tag>/ and the data set that the model was trained on. Ro
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +95,7 @@ def packed_bpb(
     )
     with contextlib.closing(loader):
         n = num_batches(cfg.split_tokens, cfg.device_batch_size, T, rt.world_size)
-        return {f"{split} bpb": evaluate_bpb(model, itertools.islice(loader, n), tokenizer.token_bytes().to(rt.device))}
+        return {f"{split} bpb": evaluate_bpb(model, loader, tokenizer.token_bytes().to(rt.device), n)}
 
 
 def exact_bpb(

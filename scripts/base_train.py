@@ -10,7 +10,6 @@ Reads tokenizer/ and the data set; writes base_checkpoints/<tag>/.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -339,7 +338,7 @@ def evals_of(cfg: Decided, trainer: Trainer, source: Source) -> list[Any]:
     def validate(state: LoopState) -> None:
         model.eval()
         with contextlib.closing(batches(cfg, rt, source, "val")) as loader:
-            bpb = evaluate_bpb(model, itertools.islice(loader, eval_steps), token_bytes)
+            bpb = evaluate_bpb(model, loader, token_bytes, eval_steps)
         state.record_val_bpb(bpb)
         print0(f"Step {state.step:05d} | Validation bpb: {bpb:.4f}")
         trainer.tracker.log(state.step, val_bpb=bpb)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,7 +147,7 @@ def run(cfg: MidTrainConfig) -> LoopState:
         model.eval()
         rows, T = cfg.device_batch_size, cfg.max_seq_len
         with contextlib.closing(PackedConversations(val, tokenizer, rows, T, rt)) as loader:
-            bpb = evaluate_bpb(model, itertools.islice(loader, eval_steps), token_bytes)
+            bpb = evaluate_bpb(model, loader, token_bytes, eval_steps)
         state.record_val_bpb(bpb)
         print0(f"Step {state.step:05d} | Validation bpb: {bpb:.4f}")
         trainer.tracker.log(state.step, val_bpb=bpb)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,22 @@ def test_the_sum_does_not_depend_on_the_order() -> None:
         values.add(evaluate_bpb(lambda i, t, reduction, x=losses: torch.tensor(next(x)), batches, TOKEN_BYTES))
     (value,) = values
     assert value == pytest.approx(nats.astype(np.float64).sum() / 1000 / math.log(2), abs=1 / UNITS)
+
+
+def test_a_number_of_batches_is_taken_and_no_more() -> None:
+    batches = iter([batch(1), batch(1), batch(1)])
+    evaluate_bpb(fixed_loss([1.0]), batches, TOKEN_BYTES, num_batches=2)
+    assert len(list(batches)) == 1
+
+
+def test_a_long_one_shows_how_far_it_is_and_a_short_one_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_bpb(fixed_loss([1.0]), [batch(1)] * 4, TOKEN_BYTES, 4)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("nanochat.evals.bpb.SILENT_SECONDS", 0.0)
+    evaluate_bpb(fixed_loss([1.0]), [batch(1)] * 4, TOKEN_BYTES, 4)
+    assert re.search(r"Validation: +\d+%.*\d/4 \[\d\d:\d\d<", capsys.readouterr().err)
 
 
 # ---- Whole documents

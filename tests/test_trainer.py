@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,13 +176,37 @@ def test_the_curve_holds_every_step_counted_from_1(tmp_path):
 
 
 def test_the_console_line_has_its_fields_in_order(tmp_path, capsys):
-    make_trainer(tmp_path, steps=1).run()
-    line = capsys.readouterr().out.splitlines()[0]
+    make_trainer(tmp_path, steps=2).run()
+    line = capsys.readouterr().out.splitlines()[1]
     pattern = (
-        r"step 00001/00001 \(100.00%\) \| loss: \d+\.\d{6} \| lrm: 1\.00 \| dt: [\d.]+ms \| tok/sec: [\d,]+"
+        r"step 00002/00002 \(100.00%\) \| loss: \d+\.\d{6} \| lrm: 1\.00 \| dt: [\d.]+ms \| tok/sec: [\d,]+"
         r" \| mfu: [\d.]+ \| total time: 0\.00m \| eta: 0\.0m"
     )
     assert re.fullmatch(pattern, line), line
+
+
+def test_the_time_left_is_of_warm_steps_and_the_evaluations_between_them(tmp_path, capsys, monkeypatch):
+    """A clock that only the model and the evaluations move: 100 s for the first step, which compiles, and for the
+    first evaluation; then 6 s a step, and 12 s for the evaluation of each second step."""
+    trainer, now = make_trainer(tmp_path, steps=20), [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    forward = trainer.forward
+
+    def slow(*args, **kwargs):
+        now[0] += 6 if now[0] > 100 else 100
+        return forward(*args, **kwargs)
+
+    def evaluation(state):
+        now[0] += 12 if state.step else 100
+
+    trainer.forward = slow
+    trainer.run([(2, evaluation)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    etas = [line.partition(" | eta: ")[2] for line in lines]
+    assert etas[0] == ""
+    assert etas[1] == "1.8m"  # 18 steps of 6 s; how often an evaluation comes is not known yet
+    assert etas[11] == "1.6m"  # since step 10: two steps and an evaluation, 24 s
+    assert etas[19] == "0.0m"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

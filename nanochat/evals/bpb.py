@@ -11,19 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from nanochat import runtime
+from nanochat import environment, runtime
 from nanochat.ranks import together
 
 # Losses are summed as integers of this many to a nat: the sum is the same in any order, so for any batches and ranks.
 # One is 6e-8 nats, below what a loss of 1 has in fp32; a sum in int64 holds 5e11 nats.
 UNITS = 2**24
 DOCUMENTS_AT_ONCE = 256  # tokenized
+SILENT_SECONDS = 5.0
 
 
 @torch.no_grad()
-def evaluate_bpb(model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor) -> float:
-    """Bits per byte of text over all batches of all ranks, which must all call it.
+def evaluate_bpb(
+    model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor, num_batches: int | None = None
+) -> float:
+    """Bits per byte of text over all batches of all ranks, which must all call it. One that takes longer than
+    SILENT_SECONDS shows how far it is.
 
     bpb = sum(nats) / (ln 2 * sum(bytes)), both sums over the counted targets only: those >= 0 whose token
     stands for at least one byte. Special tokens (0 bytes) and masked targets (-1) leave both sums.
@@ -32,6 +37,7 @@ def evaluate_bpb(model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_byt
         model: model(inputs, targets, reduction="none") gives the loss of each target in nats, (B*T,).
         batches: (inputs, targets), int64 (B, T) each; as many on every rank as it has.
         token_bytes: (V,) integers, the UTF-8 bytes that each token stands for.
+        num_batches: how many of this rank's to take; None = all.
 
     Returns:
         The same value on every rank; infinity where no byte is counted.
@@ -42,7 +48,9 @@ def evaluate_bpb(model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_byt
 
     def sums() -> Tensor:
         total = torch.zeros(3, dtype=torch.int64, device=token_bytes.device)
-        for inputs, targets in batches:
+        some = islice(batches, num_batches)
+        hidden = not environment.is_master()
+        for inputs, targets in tqdm(some, "Validation", num_batches, False, delay=SILENT_SECONDS, disable=hidden):
             total += _row_sums(model, inputs, targets, token_bytes).sum(0).to(total.device)
         return total
 
