@@ -16,6 +16,8 @@ it, so this is a little too hard on slow candidates and too kind to fast ones; r
 steps of base and candidate that take turns in one process with no other run beside it, because two runs side by side,
 or an hour apart, are not timed alike.
 
+The ratio is measured once a depth and taken as exact: the p-value at equal wall-clock knows nothing of its error.
+
 Verdict: in, when the mean difference at equal wall-clock lowers bpb at every depth (two at least) and its paired t-test
 gives p < 0.05; out otherwise. Where a candidate is the base without a part, the verdict is the part's own: in, when the
 removal costs as much. Of twenty useless candidates one passes at p < 0.05: confirm what goes in with fresh seeds.
@@ -83,6 +85,24 @@ class AblateConfig:
             raise InputError(f"--steps {self.steps} must be at least 2: the base also runs half of them")
         if self.timing_rounds < 1 or self.jobs < 0:
             raise InputError("--timing_rounds must be at least 1 and --jobs at least 0")
+        depths, widths = numbers("depths", self.depths, 1), numbers("widths", self.widths, 1)
+        if len(depths) != len(widths) or any(w % d for d, w in zip(depths, widths, strict=True)):
+            near = ",".join(str(d * self.head_dim) for d in depths)
+            raise InputError(
+                f"--widths {self.widths}: one for each of --depths {self.depths}, a multiple of it; try --widths={near}"
+            )
+        numbers("seeds", self.seeds, 0)
+
+    def plan(self, sequence_len: int) -> Plan:
+        device = self.device or common.default_device()
+        dtype = self.dtype or common.default_dtype(device)
+        sizes = self.steps, self.tokens_per_step, sequence_len, self.device_batch_size
+        return Plan(*sizes, dtype, self.compile, device, self.threads)
+
+    def setting(self, overrides: dict[str, Override], depth: int, seed: int) -> Setting:
+        width = dict(zip(numbers("depths", self.depths), numbers("widths", self.widths), strict=True))[depth]
+        sizes: dict[str, Override] = {"aspect_ratio": width // depth, "head_dim": min(self.head_dim, width)}
+        return Setting(depth, self.arch, seed, {**sizes, **common.parse_overrides(self.base), **overrides})
 
 
 # ---- Candidates -------------------------------------------------------------------------------------------------
@@ -224,28 +244,9 @@ class Experiment:
 
 
 def design(cfg: AblateConfig, text: Text) -> Experiment:
-    depths, widths, seeds = (numbers(n, getattr(cfg, n)) for n in ("depths", "widths", "seeds"))
-    if len(depths) != len(widths) or not seeds or any(w % d for d, w in zip(depths, widths, strict=False)):
-        raise InputError(f"--widths {cfg.widths}: one for each of --depths {cfg.depths}, a multiple of it, and a seed")
-    device = cfg.device or common.default_device()
-    plan = Plan(
-        cfg.steps,
-        cfg.tokens_per_step,
-        text.sequence_len,
-        cfg.device_batch_size,
-        cfg.dtype or common.default_dtype(device),
-        cfg.compile,
-        device,
-        cfg.threads,
-    )
-    base = common.parse_overrides(cfg.base)
+    depths, seeds = numbers("depths", cfg.depths), numbers("seeds", cfg.seeds)
+    plan, setting = cfg.plan(text.sequence_len), cfg.setting
     experiment = Experiment(choose(cfg), {}, {}, {})
-    width_of = dict(zip(depths, widths, strict=True))
-
-    def setting(overrides: dict[str, Override], depth: int, seed: int) -> Setting:
-        sizes = {"aspect_ratio": width_of[depth] // depth, "head_dim": min(cfg.head_dim, width_of[depth])}
-        return Setting(depth, cfg.arch, seed, {**sizes, **base, **overrides})
-
     for depth, seed in itertools.product(depths, seeds):
         where = f"d{depth} seed {seed}"
         half = dataclasses.replace(plan, steps=plan.steps // 2)
@@ -326,8 +327,9 @@ def report(experiment: Experiment, results: Results, depths: Sequence[int]) -> l
 
 
 def run(cfg: AblateConfig) -> dict[str, Any]:
-    plan = Plan(cfg.steps, cfg.tokens_per_step, cfg.sequence_len, cfg.device_batch_size)
-    plan.check()
+    plan = cfg.plan(cfg.sequence_len)
+    for c, depth in itertools.product((Candidate("", {}, ""), *choose(cfg)), numbers("depths", cfg.depths)):
+        common.check(cfg.setting(c.overrides, depth, 0), plan, cfg.vocab_size)
     text = Text.open(cfg.data, cfg.vocab_size, cfg.sequence_len, plan.num_rows, cfg.val_documents)
     experiment = design(cfg, text)
     results = Results(Path(cfg.results) if cfg.results else default_results("ablate"))

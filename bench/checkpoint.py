@@ -141,8 +141,10 @@ def run(cfg: CheckpointConfig) -> dict[str, Any]:
         device=device,
         threads=cfg.threads,
     )
-    plan.check()
-    saved = saving(Setting(cfg.depth, cfg.arch), plan, cfg.vocab_size, cfg.pairs)
+    setting = Setting(cfg.depth, cfg.arch)
+    common.check(setting, plan, cfg.vocab_size)
+    tokenizer_for(open_source(cfg.data), cfg.vocab_size)
+    saved = saving(setting, plan, cfg.vocab_size, cfg.pairs)
     print(f"{common.machine(plan)}; depth {cfg.depth}, {cfg.arch}, {dtype}, {cfg.tokens_per_step:,} tokens a step")
     names = ("with", "without", "copying", "writing")
     table(

@@ -31,7 +31,7 @@ from nanochat import checkpoint, fp8, guards, runtime, scaling
 from nanochat.config import InputError
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.trainer import accumulate, compiled, make_optimizer
+from nanochat.trainer import accumulate, compiled, compiles, make_optimizer
 
 Override = float | str | tuple[Any, ...]
 LINE_SECONDS = 30.0  # between two lines of progress inside a run
@@ -79,6 +79,7 @@ def resolve(
         raise InputError(f"arch {setting.arch!r} is not known; use one of {', '.join(scaling.ARCHS)}")
     places: dict[str, dict[str, Any]] = {"shape": {}, "config": {}, "recipe": {"total_batch_size": tokens_per_step}}
     known = {"aspect_ratio": "shape", "head_dim": "shape"}
+    sizes = {"vocab_size": vocab_size, "sequence_len": sequence_len}
     known |= {f.name: "config" for f in dataclasses.fields(GPTConfig) if f.name not in ("arch", "vocab_size")}
     known |= {f.name: "recipe" for f in dataclasses.fields(scaling.Settings)}
     for name, value in setting.overrides.items():
@@ -86,9 +87,16 @@ def resolve(
             near = difflib.get_close_matches(name, known, 1, 0) or [""]
             raise InputError(f"override {name!r} names no hyper-parameter; the nearest is {near[0]!r}")
         places[known[name]][name] = value
+        if known[name] == "recipe" and isinstance(value, str):
+            raise InputError(f"override {name}={value} is no number; write it like matrix_lr=0.03")
+        if known[name] == "shape" or name.startswith("n_"):
+            sizes[name] = value  # type: ignore[assignment]
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} {value} must be a number from 1 on; try {name}=1")
     shape = scaling.shape_from_depth(setting.depth, vocab_size, sequence_len, **places["shape"])
-    sizes = {name: getattr(shape, name) for name in ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd")}
-    config = GPTConfig(vocab_size=vocab_size, **{**sizes, "arch": setting.arch, **places["config"]})
+    dial = {name: getattr(shape, name) for name in ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd")}
+    config = GPTConfig(vocab_size=vocab_size, **{**dial, "arch": setting.arch, **places["config"]})
     return config, scaling.settings(config.shape, 1, given=places["recipe"], iterations=steps)
 
 
@@ -145,13 +153,23 @@ class Plan:
 
     def check(self) -> None:
         """Refuse before anything slow runs."""
-        if self.steps < 1:
-            raise InputError(f"steps {self.steps} must be at least 1")
+        for name in ("steps", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1; try --{name}=1")
         if self.dtype not in (*runtime.DTYPES, "fp8"):
             raise InputError(f"dtype {self.dtype!r} is not known; use one of {', '.join(runtime.DTYPES)}, fp8")
+        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not available.get(self.device):
+            raise InputError(f"--device {self.device}: torch finds none; try --device={default_device()}")
         if self.device_batch_size < 1 or self.sequence_len < 1:
             raise InputError(f"{self.device_batch_size} rows of {self.sequence_len} tokens; both must be at least 1")
         scaling.grad_accum_steps(self.tokens_per_step, self.device_batch_size, self.sequence_len, 1)
+
+
+def check(setting: Setting, plan: Plan, vocab_size: int) -> None:
+    """Refuse before anything slow runs."""
+    plan.check()
+    resolve(setting, vocab_size, plan.sequence_len, plan.tokens_per_step, plan.steps)
 
 
 def start(plan: Plan, seed: int = 0) -> runtime.Runtime:
@@ -218,11 +236,12 @@ class Built:
         if plan.dtype == "fp8":
             use_fp8(self.model)
         self.forward = compiled(self.model, self.rt, plan.compile)
-        self.optimizer = make_optimizer(self.model, self.recipe, self.rt)
+        compile = self.rt.device.type == "cuda" and compiles(self.rt, plan.compile)  # as scripts.base_train
+        self.optimizer = make_optimizer(self.model, self.recipe, self.rt, compile)
 
     def optimize(self, step: int, loss: Tensor) -> None:
         """Guarded, as in the training loop; a loss that is no number ends a benchmark, so nobody asks."""
-        self.optimizer.set_lr(*scaling.schedule(self.recipe, step, self.plan.steps))
+        self.optimizer.set_lr(*scaling.schedule(self.recipe, step, self.plan.steps, self.config.arch))
         self.optimizer.step(self.recipe.grad_clip or None, loss, (guards.LARGEST, guards.LARGEST))
 
     def step(self, batches: Sequence[Batch], step: int) -> Tensor:
@@ -247,7 +266,7 @@ class Built:
         for step in range(WARMUP_STEPS):
             self.timed_step(batches, step)
         self.model.load_state_dict(weights)
-        self.optimizer = make_optimizer(self.model, self.recipe, self.rt)
+        self.optimizer.load_state_dict({"step": torch.tensor(0)})  # a new one would be compiled again
         return time.perf_counter() - t0
 
     def bpb(self, text: Text) -> float:
@@ -315,7 +334,8 @@ def run_task(
         raise InputError(f"the text is packed in rows of {text.sequence_len} tokens; use --sequence_len of that")
     if plan.num_rows > len(text.train):
         most = len(text.train) // plan.rows_per_step
-        raise InputError(f"the text has no {plan.num_rows} rows, only {len(text.train)}; use --steps={most}")
+        way_out = f"--steps={most}" if most else "more text, or a smaller --tokens_per_step"
+        raise InputError(f"the text has no {plan.num_rows} rows, only {len(text.train)}; use {way_out}")
     spec = {
         "kind": kind,
         "config": config.to_dict(),

@@ -4,11 +4,12 @@
     python -m bench.gpu_suite --data=packed.npz --results=suite.jsonl                                  # on the GPU
     python -m bench.gpu_suite --tiny                                                  # all of it in small, on a CPU
 
-A call starts nothing that would end after --minutes; the same call again goes on behind what the results file holds,
-until it says that nothing is left. Pieces: kernels (against fp64), speed (tokens/s, mfu, memory at depth 12 and 20 in
-bf16 and fp8), loader (its rate against what the model takes), decode (recorded steps against the model's own; tokens/s
-and share of the memory's bandwidth at depth 20), time (to bpb: modern against plain at depth 12), ablate (depth 8 and
-12). The packed file holds rows of ids, the validation rows and the bytes of each id: no text is needed.
+A call starts nothing that would end after --minutes, as far as finished tasks of its kind tell; the same call again
+goes on behind what the results file holds, until it says that nothing is left. Pieces: kernels (against fp64), speed
+(tokens/s, mfu, memory at depth 12 and 20 in bf16 and fp8; from which width fp8 pays), loader (its rate against what the
+model takes), decode (recorded steps against the model's own; tokens/s and share of the memory's bandwidth at depth 20),
+time (to bpb: modern against plain at depth 12), ablate (depth 8 and 12). The packed file holds rows of ids, the
+validation rows and the bytes of each id: no text is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from bench.ablate import AblateConfig
 from bench.common import Plan, Setting
 from bench.inference import InferenceConfig
 from bench.packed import Text
-from bench.results import Results, Task, default_results, finish, run_all, table, words
+from bench.results import Results, Task, default_results, finish, numbers, run_all, table, words
 from bench.time_to_bpb import TimeToBpbConfig
-from nanochat import attention, fp8
+from nanochat import attention, fp8, runtime
 from nanochat.config import InputError, flag, run_cli
 from nanochat.data.loader import PackingLoader
 from nanochat.data.sources import Source, open_source
+from nanochat.linear import Linear
 from nanochat.scaling import ARCHS
 from nanochat.tokenizer import Tokenizer
 
@@ -42,6 +44,7 @@ PIECES = ("kernels", "speed", "loader", "decode", "time", "ablate")
 # Largest relative error against fp64 in the L2 norm, outputs and gradients: TF32 has 10 bits of mantissa, bf16 has 7,
 # e4m3 has 3; a few layers add up to some units of the last place.
 LIMITS = {"float32": 4e-3, "bfloat16": 5e-2, "fp8": 0.3}
+FP8_WIDTHS = (768, 1024, 1280, 1536, 2048)
 HEADROOM = 3.0  # the loader's tokens/s over the model's, per 8 cores
 
 
@@ -63,6 +66,10 @@ class SuiteConfig:
     fresh: bool = flag(False, "make results of other code again")
 
     def __post_init__(self) -> None:
+        numbers("seeds", self.seeds, 0)
+        ablate.choose(AblateConfig(candidates=self.candidates, add=self.add))
+        if not words(self.pieces):
+            raise InputError(f"--pieces names none of {', '.join(PIECES)}")
         for piece in words(self.pieces):
             if piece not in PIECES:
                 raise InputError(f"--pieces {piece!r} is none of {', '.join(PIECES)}")
@@ -73,6 +80,10 @@ class SuiteConfig:
                 raise InputError("torch finds no GPU here; use --tiny to try the suite on a CPU")
             if self.data is None and {"time", "ablate"} & {*words(self.pieces)}:
                 raise InputError("no text for time and ablate; give --data=packed.npz (made with --pack) or a folder")
+        if self.data is not None and self.data.endswith(".npz") and not Path(self.data).is_file():
+            raise InputError(f"--data {self.data}: no such file; write it with --pack")
+        if self.data is not None and not self.data.endswith(".npz"):
+            open_source(self.data)
 
     @property
     def text_name(self) -> str:
@@ -95,31 +106,45 @@ def relative_error(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor])
     return max(float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)) for a, b in pairs)
 
 
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v over each position and those before it; (B, T, H, D) each."""
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v over each position and the `window` before it; (B, T, H or H_kv, D) each."""
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k) / q.size(-1) ** 0.5
-    future = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).triu(1)
-    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+    at = torch.arange(q.size(1), device=q.device)
+    distance = at[:, None] - at
+    hidden = (distance < 0) | (distance > (q.size(1) if window is None else window))
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
-def check_attention(device: str, dtype: str, T: int, D: int) -> dict[str, Any]:
-    """The attention that the model uses, output and gradients."""
+def check_attention(
+    device: str, dtype: str, T: int, D: int, window: int | None = None, n_kv_head: int = 4, kernel: str | None = None
+) -> dict[str, Any]:
+    """The attention that the model uses, or a kernel by name, of 4 query heads: output and gradients."""
     generator = torch.Generator().manual_seed(0)
-    exact = [torch.randn(2, T, 4, D, generator=generator, dtype=torch.float64) for _ in range(4)]
+    heads = (4, n_kv_head, n_kv_head, 4)
+    exact = [torch.randn(2, T, H, D, generator=generator, dtype=torch.float64) for H in heads]
     given = [x.to(device, getattr(torch, dtype)) for x in exact]
+    found = partial(attention.causal_attention, window=window, kernel=kernel)
     outcome = []
-    for kernel, (q, k, v, up) in ((attention.causal_attention, given), (plain_attention, [x.double() for x in given])):
+    for attend, (q, k, v, up) in (
+        (found, given),
+        (partial(plain_attention, window=window), [x.double() for x in given]),
+    ):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        y = kernel(*leaves)
+        y = attend(*leaves)
         outcome.append([y.detach(), *torch.autograd.grad(y, leaves, up)])
-    return {"error": relative_error(*outcome)}
+    used = attention.DESCRIPTIONS[kernel] if kernel else attention.describe(q.device, given[0].dtype, window)
+    return {"error": relative_error(*outcome), "kernel": used}
 
 
-def check_model(arch: str, device: str, dtype: str, sizes: tuple[int, int, int, int]) -> dict[str, Any]:
+def check_model(
+    arch: str, device: str, dtype: str, sizes: tuple[int, int, int, int], windows: str = "L"
+) -> dict[str, Any]:
     """Loss and all gradients of a model in a dtype against the same model in fp64: head, loss, attention, matmuls."""
     depth, width, vocab_size, T = sizes
     plan = Plan(1, 2 * T, T, 2, dtype, False, device, 1)
-    setting = Setting(depth, arch, 0, {"aspect_ratio": width // depth, "head_dim": min(128, width // 2)})
+    dial: dict[str, Any] = {"aspect_ratio": width // depth, "head_dim": min(128, width // 2)}
+    setting = Setting(depth, arch, 0, {**dial, "window_pattern": windows, "short_window": T // 4})
     ids = torch.randint(vocab_size, (2, T + 1), generator=torch.Generator().manual_seed(1)).to(device)
     outcome = []
     for is_exact in (False, True):
@@ -144,10 +169,14 @@ def kernel_tasks(cfg: SuiteConfig) -> list[Task]:
     found = []
     for dtype in ("float32", "bfloat16", *([] if cfg.tiny else ["fp8"])):
         checks: dict[str, Callable[[], dict[str, Any]]] = {
-            f"model {arch}": partial(check_model, arch, device, dtype, sizes) for arch in ARCHS
+            f"model {arch} {windows}": partial(check_model, arch, device, dtype, sizes, windows)
+            for arch, windows in product(ARCHS, ("L", "SL"))
         }
-        if dtype != "fp8":
-            checks["attention"] = partial(check_attention, device, dtype, T, D)
+        variants: list[tuple[int | None, int, str | None]] = [*product((None, T // 4), (4, 2), (None,))]
+        variants += [(T // 4, 2, kernel) for kernel in (("sdpa",) if cfg.tiny else ("flex", "sdpa"))]
+        for window, n_kv_head, kernel in variants if dtype != "fp8" else []:
+            name = f"attention {kernel or 'chosen'}, window {window}, {n_kv_head} of 4 heads"
+            checks[name] = partial(check_attention, device, dtype, T, D, window, n_kv_head, kernel)
         for name, work in checks.items():
             spec = {"kind": "kernels", "name": name, "dtype": dtype, "sizes": [T, D, *sizes]}
             spec["machine"] = common.machine(Plan(1, device=device))
@@ -160,8 +189,11 @@ def show_kernels(found: list[tuple[Task, dict[str, Any]]]) -> list[dict[str, Any
         {"name": t.spec["name"], "dtype": (dtype := t.spec["dtype"]), **r, "ok": r["error"] <= LIMITS[dtype]}
         for t, r in found
     ]
-    rows = [(r["name"], r["dtype"], f"{r['error']:.1e}", f"{LIMITS[r['dtype']]:.0e}", r["ok"]) for r in records]
-    table(["against fp64", "dtype", "relative error", "limit", "ok"], rows)
+    rows = [
+        (r["name"], r.get("kernel", ""), r["dtype"], f"{r['error']:.1e}", f"{LIMITS[r['dtype']]:.0e}", r["ok"])
+        for r in records
+    ]
+    table(["against fp64", "kernel", "dtype", "relative error", "limit", "ok"], rows)
     return records
 
 
@@ -198,21 +230,64 @@ def show_speed(found: list[tuple[Task, dict[str, Any]]]) -> list[dict[str, Any]]
     return records
 
 
+def linear_seconds(width: int, rows: int, device: str, many: int = 20) -> dict[str, Any]:
+    """Seconds of a square layer forward and backward in bf16 and fp8, the best of some tries, compiled on a GPU. The
+    weight's cast to fp8, which the micro-batches of a step share, is left out."""
+    found: dict[str, Any] = {}
+    for name in ("bfloat16", "fp8"):
+        model = torch.nn.Sequential(Linear(width, width)).to(device)
+        if name == "fp8":
+            fp8.convert_to_fp8(model, lambda *_: True)
+        forward = torch.compile(model, dynamic=False) if device == "cuda" else model
+        x = torch.randn(rows, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+        times = []
+        for _ in range(6):  # the first compiles, and is never the best
+            runtime.synchronize(x.device)
+            t0 = time.perf_counter()
+            for _ in range(many):
+                torch.autograd.grad(forward(x), [x, *model.parameters()], x.detach())
+            runtime.synchronize(x.device)
+            times.append((time.perf_counter() - t0) / many)
+        found[name] = min(times)
+    return {**found, "ratio": found["bfloat16"] / found["fp8"]}
+
+
+def fp8_tasks(cfg: SuiteConfig) -> list[Task]:
+    spec = {"kind": "fp8", "rows": 16_384, "machine": common.machine(Plan(1, device="cpu" if cfg.tiny else "cuda"))}
+    return [
+        Task(
+            f"fp8 of width {width}", {**spec, "width": width}, partial(linear_seconds, width, 16_384, "cuda"), width**2
+        )
+        for width in (() if cfg.tiny else FP8_WIDTHS)
+    ]
+
+
+def show_fp8(found: list[tuple[Task, dict[str, Any]]]) -> list[dict[str, Any]]:
+    records = [{"width": task.spec["width"], **r} for task, r in found]
+    head = ["width", "bf16 ms", "fp8 ms", "bf16/fp8", f"fp8 is used (from {fp8.MIN_WIDTH})"]
+    rows = [(r["width"], *(f"{1e3 * r[d]:.3f}" for d in ("bfloat16", "fp8")), f"{r['ratio']:.2f}",
+             "yes" if r["width"] >= fp8.MIN_WIDTH else "no") for r in records]  # fmt: skip
+    if rows:
+        table(head, rows)
+    return records
+
+
 class Held(Source):
-    """Blocks of another source, in memory: the loader's own speed is wanted, not that of a disk or a generator."""
+    """The first training blocks of another source, in memory: the loader's own speed is wanted, not that of a disk or
+    a generator."""
 
     def __init__(self, source: Source, num_blocks: int) -> None:
-        self.name = source.name
+        self.name, self.source = source.name, source
         self.blocks = [source.read_block("train", i) for i in range(min(num_blocks, source.num_blocks("train")))]
 
     def num_blocks(self, split: str) -> int:
-        return len(self.blocks)
+        return len(self.blocks) if split == "train" else self.source.num_blocks(split)
 
     def read_block(self, split: str, i: int) -> list[str]:
-        return self.blocks[i]
+        return self.blocks[i] if split == "train" else self.source.read_block(split, i)
 
     def fingerprint(self) -> str:
-        return self.name
+        return f"{self.name}-{len(self.blocks)}"
 
 
 def loader_rate(
@@ -343,6 +418,10 @@ def run(cfg: SuiteConfig) -> dict[str, Any] | None:
     begun, wanted = time.perf_counter(), words(cfg.pieces)
     path = Path(cfg.results) if cfg.results else default_results("gpu_suite")
     results = Results(path)
+    if cfg.tiny and cfg.data is None:  # a vocabulary of all of it would take minutes
+        little = path.with_suffix(".npz")
+        Text.pack(Held(open_source(cfg.text_name), 1), 300, 32, 16, 8).save(little)
+        cfg = dataclasses.replace(cfg, data=str(little))
     outcome: dict[str, Any] = {"bench": "gpu_suite", "left": 0}
 
     def minutes() -> float:
@@ -356,6 +435,7 @@ def run(cfg: SuiteConfig) -> dict[str, Any] | None:
         outcome["kernels"] = show_kernels(piece(kernel_tasks(cfg)))
     if "speed" in wanted:
         outcome["speed"] = show_speed(piece(speed_tasks(cfg)))
+        outcome["fp8"] = show_fp8(piece(fp8_tasks(cfg)))
     if "loader" in wanted:
         outcome["loader"] = show_loader(piece(loader_tasks(cfg)), outcome.get("speed", []))
     if "decode" in wanted:

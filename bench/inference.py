@@ -57,6 +57,7 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         if self.new < 1 or self.repeats < 1 or self.prompt < 1:
             raise InputError("--prompt, --new and --repeats must be at least 1")
+        numbers("batch", self.batch, 1)
         if self.prompt + self.new + WARM_STEPS > self.sequence_len:
             raise InputError(
                 f"--prompt {self.prompt} and --new {self.new} do not fit --sequence_len {self.sequence_len}"
@@ -218,6 +219,7 @@ def measure_all(cfg: InferenceConfig) -> list[dict[str, Any]]:
     for weights in wanted:
         if weights not in (*DTYPES, *QUANTIZED):
             raise InputError(f"--weights {weights} is not known; use some of {', '.join((*DTYPES, *QUANTIZED))}")
+    common.check(Setting(cfg.depth, cfg.arch), cfg.plan, cfg.vocab_size)
     tokenizer = Tokenizer.train_from_iterator(["a text that only gives names to ids"], 265 + 9)
     return [line for weights in wanted for line in measure(cfg, weights, tokenizer)]
 

@@ -20,7 +20,7 @@ from nanochat.config import InputError
 from nanochat.data.loader import PackingLoader
 from nanochat.data.sources import Source, open_source
 from nanochat.environment import base_dir
-from nanochat.tokenizer import FILE_NAME, Tokenizer
+from nanochat.tokenizer import FILE_NAME, Tokenizer, check_vocab_size
 
 if TYPE_CHECKING:
     from bench.common import Plan
@@ -78,14 +78,18 @@ class Text:
 
     @classmethod
     def pack(
-        cls, name: str, vocab_size: int, sequence_len: int, num_rows: int | None, val_documents: int = 512
+        cls, name: str | Source, vocab_size: int, sequence_len: int, num_rows: int | None, val_documents: int = 512
     ) -> Text:
         """The first rows of a source of text, or all of one pass, tokenised by a vocabulary trained on its train split.
 
         Raises:
             InputError: no such source, or it has no text.
         """
-        source = open_source(name)
+        sizes = {"sequence_len": sequence_len, "pack_rows": num_rows, "val_documents": val_documents}
+        for key, value in sizes.items():
+            if value is not None and value < 1:
+                raise InputError(f"--{key} {value} must be at least 1; try --{key}=1")
+        source = open_source(name) if isinstance(name, str) else name
         tokenizer = tokenizer_for(source, vocab_size)
         rows = train_rows(source, tokenizer, sequence_len, num_rows)
         val = validation_rows(source, tokenizer, sequence_len, val_documents)
@@ -122,6 +126,7 @@ def to_batch(rows: np.ndarray, bos: int, device: torch.device) -> Batch:
 
 def tokenizer_for(source: Source, vocab_size: int) -> Tokenizer:
     """Trained on the train split, kept under the base directory."""
+    check_vocab_size(vocab_size)
     folder = base_dir() / "bench" / f"tokenizer-{vocab_size}-{source.fingerprint()[:16]}"
     if not (folder / FILE_NAME).exists():
         print(f"training a tokenizer of {vocab_size:,} ids on {source.name}", flush=True)

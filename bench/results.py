@@ -66,10 +66,22 @@ class Results:
         """Whether the result was made by other code than today's."""
         return task.key in self.lines and self.lines[task.key]["code"] != self.code
 
-    def add(self, task: Task, result: dict[str, Any]) -> None:
+    def slowest(self, tasks: Sequence[Task]) -> dict[str, float]:
+        """Most seconds for a unit of cost that a finished task of their kind took on their machine, by kind."""
+        known: dict[str, float] = {}
+        alike = {(task.kind, task.spec.get("machine")) for task in tasks}
+        for record in self.lines.values():
+            kind = record["spec"]["kind"]
+            if "seconds" in record and (kind, record["spec"].get("machine")) in alike:  # older records have none
+                known[kind] = max(known.get(kind, 0.0), record["seconds"] / record["cost"])
+        return known
+
+    def add(self, task: Task, result: dict[str, Any], seconds: float | None = None) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         record: dict[str, Any] = {"key": task.key, "code": self.code, "time": now, "label": task.label}
         record |= {"spec": task.spec, "result": result}
+        if seconds is not None:
+            record |= {"seconds": seconds, "cost": task.cost}
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
         with self.path.open("ab") as file:
             file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
@@ -128,7 +140,8 @@ def run_all(
     """Run the tasks that have no result yet, in order, `jobs` at a time; 0 jobs = in this process.
 
     Args:
-        time_limit: minutes; no task is started that would end later, by the speed of those before it.
+        time_limit: minutes; no task is started that would end later, by the speed of those of its kind before it, in
+            this call or an earlier one.
         fresh: run again what other code than today's made.
 
     Returns:
@@ -142,13 +155,14 @@ def run_all(
     begun, done_cost, done_seconds = time.perf_counter(), 0.0, 0.0
     left, queue = len(todo), list(todo)
     running: dict[Future[tuple[dict[str, Any], float]], Task] = {}
-    slowest: dict[str, float] = {}  # seconds for a unit of cost, by kind
+    slowest = results.slowest(todo)
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         while queue or running:
             while queue and len(running) < max(1, jobs):
                 expected = slowest.get(queue[0].kind, 0.0) * queue[0].cost
                 if time_limit is not None and time.perf_counter() - begun + expected > 60 * time_limit:
-                    print(f"time limit of {time_limit} min: {len(queue)} tasks not started; run it again", flush=True)
+                    print(f"time limit of {time_limit:.1f} min: {len(queue)} tasks not started, the next takes about "
+                          f"{expected / 60:.1f} min; run it again", flush=True)  # fmt: skip
                     queue.clear()
                     break
                 task = queue.pop(0)
@@ -160,7 +174,7 @@ def run_all(
                 except Exception as error:  # whatever one task dies of, the others of the night go on
                     print(f"FAILED {task.label}: {type(error).__name__} {str(error).splitlines()[:1]}", flush=True)
                     continue
-                results.add(task, result)
+                results.add(task, result, seconds)
                 left, done_cost, done_seconds = left - 1, done_cost + task.cost, done_seconds + seconds
                 slowest[task.kind] = max(slowest.get(task.kind, 0.0), seconds / task.cost)
                 ahead = sum(t.cost for t in (*queue, *running.values())) * done_seconds / done_cost / max(1, jobs)
@@ -179,12 +193,16 @@ def _timed(task: Task, isolated: bool) -> tuple[dict[str, Any], float]:
     return task.work(), time.perf_counter() - t0
 
 
-def numbers(name: str, text: str) -> list[int]:
-    """ "4,6" -> [4, 6]"""
+def numbers(name: str, text: str, least: int | None = None) -> list[int]:
+    """ "4,6" -> [4, 6]; with `least` there is one, and none is below it."""
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        found = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise InputError(f"--{name} {text!r} is no list of numbers; write it like --{name}=4,6") from None
+    if least is not None and (not found or min(found) < least):
+        near = ",".join(str(max(least, number)) for number in found) or least
+        raise InputError(f"--{name} {text!r} must be numbers from {least} on; try --{name}={near}")
+    return found
 
 
 def words(text: str) -> list[str]:

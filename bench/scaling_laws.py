@@ -150,6 +150,8 @@ def draw(runs: Runs, law: tuple[float, float], path: Path) -> None:
         ax.annotate(f"d{one['depth']}", (one["flops"], one["bpb"]), (4, 4), textcoords="offset points", fontsize=8)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.yaxis.set_minor_formatter("{x:.1f}")  # it spans less than a power of ten
+    ax.yaxis.set_major_formatter("{x:.0f}")
     ax.set_title(f"{runs[0]['arch']}: validation bits per byte", loc="left", fontsize=10, color=INK)
     ax.set_xlabel("training FLOPs", fontsize=8, color=INK)
     ax.grid(color=GRID, linewidth=0.6, which="both")

@@ -54,6 +54,12 @@ class TimeToBpbConfig:
     fresh: bool = flag(False, "make results of other code again")
     isolate: bool = flag(True, "each run in a process of its own")
 
+    def __post_init__(self) -> None:
+        if not words(self.dtypes):
+            raise InputError("--dtypes names none; try --dtypes=float32")
+        if self.eval_every is not None and self.eval_every < 1:
+            raise InputError(f"--eval_every {self.eval_every} must be at least 1; try --eval_every=1")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -76,29 +82,33 @@ def cells(cfg: TimeToBpbConfig) -> list[Cell]:
     archs = [cfg.reference] + [a for a in archs if a != cfg.reference]
     return [
         Cell(depth, dtype, arch, steps)
-        for depth in numbers("depths", cfg.depths)
+        for depth in numbers("depths", cfg.depths, 1)
         for dtype in words(cfg.dtypes)
         for arch in archs
         for steps in (horizons if arch != cfg.reference else [cfg.steps])
     ]
 
 
-def task_of(cfg: TimeToBpbConfig, text: Text, cell: Cell, seed: int) -> Task:
+def setting_and_plan(cfg: TimeToBpbConfig, sequence_len: int, cell: Cell, seed: int) -> tuple[Setting, Plan]:
     overrides = common.parse_overrides(cfg.overrides) if cell.arch != cfg.reference else {}
     if cfg.aspect_ratio is not None:
         overrides = {"aspect_ratio": cfg.aspect_ratio, **overrides}
     plan = Plan(
         cell.steps,
         cfg.tokens_per_step,
-        text.sequence_len,
+        sequence_len,
         cfg.device_batch_size,
         cell.dtype,
         cfg.compile,
         cfg.device or common.default_device(),
         cfg.threads,
     )
+    return Setting(cell.depth, cell.arch, seed, overrides), plan
+
+
+def task_of(cfg: TimeToBpbConfig, text: Text, cell: Cell, seed: int) -> Task:
     label = f"{cell.arch} d{cell.depth} {cell.dtype} {cell.steps} steps seed {seed}"
-    return run_task(Setting(cell.depth, cell.arch, seed, overrides), plan, text, label, cfg.eval_every)
+    return run_task(*setting_and_plan(cfg, text.sequence_len, cell, seed), text, label, cfg.eval_every)
 
 
 def curve_of(runs: Sequence[dict[str, Any]]) -> list[tuple[float, float, float]]:
@@ -201,11 +211,12 @@ def answers(cfg: TimeToBpbConfig, records: list[dict[str, Any]]) -> list[dict[st
 
 
 def run(cfg: TimeToBpbConfig) -> dict[str, Any]:
-    seeds = numbers("seeds", cfg.seeds)
-    plan = Plan(cfg.steps, cfg.tokens_per_step, cfg.sequence_len, cfg.device_batch_size)
-    plan.check()
+    seeds = numbers("seeds", cfg.seeds, 0)
     wanted = cells(cfg)
-    text = Text.open(cfg.data, cfg.vocab_size, cfg.sequence_len, plan.num_rows, cfg.val_documents)
+    for cell in wanted:
+        common.check(*setting_and_plan(cfg, cfg.sequence_len, cell, seeds[0]), cfg.vocab_size)
+    num_rows = Plan(cfg.steps, cfg.tokens_per_step, cfg.sequence_len).num_rows
+    text = Text.open(cfg.data, cfg.vocab_size, cfg.sequence_len, num_rows, cfg.val_documents)
     tasks = {(cell, seed): task_of(cfg, text, cell, seed) for seed in seeds for cell in wanted}
     results = Results(Path(cfg.results) if cfg.results else default_results("time_to_bpb"))
     left = run_all(list(tasks.values()), results, jobs=int(cfg.isolate), time_limit=cfg.time_limit, fresh=cfg.fresh)

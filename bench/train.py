@@ -51,8 +51,10 @@ class TrainConfig:
     isolate: bool = flag(True, "each row in a process of its own")
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.parted_steps, self.vocab_size) < 1:
-            raise InputError("--steps, --parted_steps and --vocab_size must be at least 1")
+        if min(self.parted_steps, self.matmul) < 1:
+            raise InputError("--parted_steps and --matmul must be at least 1")
+        if not words(self.archs) or not words(self.dtypes):
+            raise InputError("--archs and --dtypes must name one each; try --archs=plain --dtypes=float32")
 
 
 def stream(built: Built, vocab_size: int, data: str | None) -> Iterator[Batch]:
@@ -169,7 +171,7 @@ def run(cfg: TrainConfig) -> list[dict[str, Any]]:
     if cfg.aspect_ratio is not None:
         overrides["aspect_ratio"] = cfg.aspect_ratio
     wanted = []
-    for depth, arch, dtype in itertools.product(numbers("depths", cfg.depths), words(cfg.archs), words(cfg.dtypes)):
+    for depth, arch, dtype in itertools.product(numbers("depths", cfg.depths, 1), words(cfg.archs), words(cfg.dtypes)):
         setting = Setting(depth, arch, 0, overrides)
         plan = Plan(
             cfg.steps,
@@ -181,8 +183,7 @@ def run(cfg: TrainConfig) -> list[dict[str, Any]]:
             device,
             cfg.threads,
         )
-        plan.check()
-        common.resolve(setting, cfg.vocab_size, cfg.sequence_len, 16_384, 1)
+        common.check(setting, plan, cfg.vocab_size)
         wanted.append((setting, plan))
     if cfg.data is not None:  # once, not in each row's process
         tokenizer_for(open_source(cfg.data), cfg.vocab_size)

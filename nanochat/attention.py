@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from nanochat import cpu_attention
 
@@ -33,11 +34,12 @@ DESCRIPTIONS = {
 }
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, kernel: str | None = None) -> Tensor:
     """Each position attends to itself and the `window` positions before it; None = all before it.
 
     Args:
         q: (B, T, H, D); k, v: (B, T, H_kv, D), H a multiple of H_kv.
+        kernel: a key of DESCRIPTIONS; None = the best for this device, dtype and window.
 
     Returns:
         (B, T, H, D)
@@ -45,7 +47,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     T = q.size(1)
     if window is not None and window >= T - 1:
         window = None
-    name = backend(q.device, q.dtype, window)
+    name = kernel or backend(q.device, q.dtype, window)
     if name == "blocks":
         groups = q.size(2) // k.size(2)
         if groups > 1:
@@ -93,8 +95,8 @@ def backend(device: torch.device, dtype: torch.dtype, window: int | None) -> str
     is_hopper = torch.cuda.get_device_capability(device)[0] == 9 and dtype in (torch.bfloat16, torch.float16)
     if is_hopper and _load_flash():
         return "flash"
-    if window is not None:
-        return "flex" if find_spec("triton") else "sdpa"
+    if window is not None:  # FlexAttention sums in fp32
+        return "flex" if find_spec("triton") and dtype != torch.float64 else "sdpa"
     return "cudnn" if is_hopper and torch.backends.cudnn.is_available() else "sdpa"
 
 
@@ -103,8 +105,9 @@ _flash_error = ""
 
 
 def _load_flash() -> bool:
-    """FlashAttention-3 from an installed flash_attn_interface, or through the package `kernels`, which fetches a build
-    for this torch."""
+    """FlashAttention-3 from an installed flash_attn_interface (built from hopper/ of Dao-AILab/flash-attention), or
+    through the package `kernels`, which fetches a build for this torch. Neither is a dependency: uv pip install kernels
+    """
     global _flash_function, _flash_error
     if _flash_function is None and not _flash_error:
         try:
@@ -115,7 +118,7 @@ def _load_flash() -> bool:
             elif find_spec("kernels"):
                 from kernels import get_kernel
 
-                _flash_function = get_kernel("kernels-community/flash-attn3").flash_attn_func
+                _flash_function = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
         except Exception as error:  # no network, no build for this torch, a library missing: each its own class
             _flash_error = f"FlashAttention-3 did not load: {type(error).__name__}"
     return _flash_function is not None
@@ -129,14 +132,29 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Skips the blocks of keys that no query of a block sees."""
+    is_traced = torch.compiler.is_compiling()  # then it becomes part of that graph; eager, all scores are materialised
+    mask = (_block_mask if is_traced else _cached_block_mask)(q.size(1), window, q.device)
+    attend = flex_attention if is_traced else _compiled_flex()
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return attend(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)  # type: ignore[operator,union-attr]
 
+
+def _block_mask(T: int, window: int, device: torch.device) -> BlockMask:
     def sees(b: Tensor, h: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
         return (k_at <= q_at) & (q_at - k_at <= window)
 
-    T = q.size(1)
-    mask = create_block_mask(sees, None, None, T, T, device=q.device)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)  # type: ignore[union-attr]
+    return create_block_mask(sees, None, None, T, T, device=device)
+
+
+@lru_cache(maxsize=64)  # not for a trace, which would warn of it and look through it
+def _cached_block_mask(T: int, window: int, device: torch.device) -> BlockMask:
+    with torch.inference_mode(False):  # an evaluation may ask first, and a backward pass refuses inference tensors
+        return _block_mask(T, window, device)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
 
 
 def _band(T: int, window: int, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ def main(argv=None):
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import re
@@ -20,9 +21,12 @@ import time
 import types
 import typing
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 C = TypeVar("C")
+
+SECONDS_BEHIND_FIRST = 1.0  # that the first rank may need for an error that all have
 
 
 class InputError(ValueError):
@@ -165,7 +169,8 @@ def run_cli(cls: type[C], run: Callable[[C], Any], argv: Sequence[str] | None = 
         run(parse_config(cls, argv, about or ""))
     except InputError as error:
         where = "" if hasattr(error, "ranks") else _rank()  # runtime.RankInputError says it itself
-        print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        if not _first_rank_says(str(error)):
+            print(f"error: {where}{error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except RuntimeError as error:
         reason = _lost_rank(error)
@@ -175,6 +180,22 @@ def run_cli(cls: type[C], run: Callable[[C], Any], argv: Sequence[str] | None = 
         print(text, file=sys.stderr, flush=True)
         time.sleep(1)  # so that torchrun sees the other one end first, and names it
         raise SystemExit(1) from None
+
+
+def _first_rank_says(text: str) -> bool:
+    """Whether this is another rank, and the first one ends with the same error. By the store: a collective would wait
+    for ranks that have no error."""
+    if not (rank := _rank()):
+        return False
+    dist = sys.modules["torch.distributed"]
+    with contextlib.suppress(RuntimeError):  # it has no error, or is gone with the store
+        store = dist.distributed_c10d._get_default_store()
+        if rank == "rank 0: ":
+            store.set("error", text)
+        else:
+            store.wait(["error"], timedelta(seconds=SECONDS_BEHIND_FIRST))
+            return bool(store.get("error").decode() == text)
+    return False
 
 
 def _rank() -> str:

@@ -10,8 +10,12 @@ from nanochat.scaling import Shape
 
 # Values kept for the backward pass per token, layer and channel: fitted, with the logits below, to the peak memory
 # that two public runs of the plain architecture in bf16 report (19,176 MiB at depth 8, 75,422 MiB at depth 20, 32 rows
-# of 2,048 tokens a GPU). What autograd keeps of ours, counted: 17 to 19 (bf16 and fp32, not compiled, any depth).
+# of 2,048 tokens a GPU). What autograd keeps of ours, not compiled, at any depth, on a CPU: 19 to 20 in fp32; in bf16
+# the bytes of 23 to 24, as some of it is fp32.
 ACTIVATION_VALUES = 19.3
+# With lambdas the residual stream is fp32 in any compute dtype. Counted in the same way: 21 to 22 in fp32, and in bf16
+# the bytes of 26 to 28. That is so many values in the compute dtype, and so many that are fp32 in any.
+LAMBDA_VALUES, STREAM_VALUES = 15.5, 6.0
 WHOLE_LOGIT_BYTES = 2.05  # of those runs, which held all logits at once
 # Our loss holds the logits of a chunk: as the head gives them, sigmoids, exponentials, gradient (fp32, and one in the
 # compute dtype).
@@ -42,10 +46,12 @@ def memory_bytes(
     """
     tokens = device_batch_size * shape.sequence_len
     weights = 8 * shape.num_params + optimizer_bytes(shape, world_size)
-    values = ACTIVATION_VALUES * shape.n_layer
-    if recompute:  # every block's input, and one block at a time in full
-        values = ACTIVATION_VALUES + shape.n_layer
-    activations = values * value_bytes * tokens * shape.n_embd
+    block, between = ACTIVATION_VALUES * value_bytes, float(value_bytes)  # bytes a token and channel
+    if shape.has("lambdas"):
+        block, between = LAMBDA_VALUES * value_bytes + 4 * STREAM_VALUES, 8.0  # the stream before and after the lambdas
+    # recomputing: every block's input, and one block at a time in full
+    kept = block + shape.n_layer * between if recompute else shape.n_layer * block
+    activations = kept * tokens * shape.n_embd
     num_logits = tokens * shape.vocab_size
     logits = LOGIT_BYTES * min(num_logits, LOGITS_AT_ONCE) if chunked_loss else WHOLE_LOGIT_BYTES * num_logits
     return weights + activations + logits
@@ -99,6 +105,17 @@ def smaller(
         if fits(replace(shape, n_layer=depth, n_embd=depth * width, n_head=1, n_kv_head=1)):
             return f"--depth={depth}"
     return "a machine with more memory"
+
+
+def less_memory(sequence_len: int, n_layer: int, recompute: bool) -> str:
+    """A flag of base_train for a run of which one row was too much, whatever the estimates say."""
+    if not recompute:
+        return "--recompute"
+    return f"--max_seq_len={sequence_len // 2}" if sequence_len >= 256 else f"--depth={half_depth(n_layer)}"
+
+
+def half_depth(n_layer: int) -> int:
+    return max(1, n_layer // 4 * 2)  # even ones divide into heads
 
 
 def divisors(n: int) -> list[int]:

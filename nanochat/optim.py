@@ -2,10 +2,12 @@
 
 Gradients arrive unsynchronised. A step averages them by reduce-scatter, so that each rank holds one shard of the
 averaged gradient, updates its shard of the weights with its shard of the state, and gathers the weights back
-(Rajbhandari et al. 2020, arXiv 1910.02054, stage 2). All reductions are under way before the first update, and each
-gather runs beside the updates after it. AdamW tensors are cut flat; same-shaped matrices are stacked and whole
-matrices dealt out, because orthogonalisation needs all of a matrix. Parameters become views of that stacked storage,
-so a step neither stacks nor copies back any weight: build the optimizer after the model is on its device.
+(Rajbhandari et al. 2020, arXiv 1910.02054, stage 2). A guarded step (`limits`) knows whether it is taken only when the
+last reduction ended; so matrices are reduced first, and NorMuon orthogonalises them while the tables, most of the
+bytes, are on their way. Each gather runs beside the updates after it. AdamW tensors are cut flat; same-shaped matrices
+are stacked and whole matrices dealt out, because orthogonalisation needs all of a matrix. Parameters become views of
+that stacked storage, so a step neither stacks nor copies back any weight: build the optimizer after the model is on its
+device.
 
 # K matrices of a stack, m rows (outputs), n columns (inputs)
 """
@@ -21,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanochat.updates import Number, adamw_, muon_, normuon_, shape_factor
+from nanochat.updates import Number, adamw_, muon_, normuon_, normuon_direction, shape_factor
 
 if TYPE_CHECKING:
     from nanochat.gpt import GPT
@@ -68,6 +70,7 @@ class Shard:
     replicated: bool  # whole on every rank
     arriving: tuple[dist.Work, Tensor] | None = None  # the reduction of grad under way, and what it sends
     grad: Tensor | None = None  # this rank's part, as the state's
+    direction: Tensor | None = None  # NorMuon's, made before it is known whether the step is taken
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -92,6 +95,7 @@ class MuonAdamW:
         self.adamw = torch.compile(adamw_, dynamic=None) if compile else adamw_
         self.muon = torch.compile(muon_, dynamic=False) if compile else muon_
         self.normuon = torch.compile(normuon_, dynamic=False) if compile else normuon_
+        self.direction = torch.compile(normuon_direction, dynamic=False) if compile else normuon_direction
 
     def _shards(self, group: Group) -> list[Shard]:
         named = list(zip(group.names, group.params, strict=True))
@@ -145,7 +149,12 @@ class MuonAdamW:
         scale: Tensor | None = None
         self.taken = None
         if grad_clip is not None or limits is not None:  # only then must all gradients be here before the first update
-            norm = self._norm([self._square(self._arrived(shard), shard) for shard in self.shards])
+            parts = []
+            for shard in self.shards:
+                parts.append(self._square(self._arrived(shard), shard))
+                if self.world > 1 and grad_clip is None and shard.group.kind == "normuon":
+                    shard.direction = self._direction(shard, self._arrived(shard))
+            norm = self._norm(parts)
         if grad_clip is not None:
             assert norm is not None
             scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0)
@@ -162,8 +171,10 @@ class MuonAdamW:
             # rates of 0 times what is not finite would not be 0; a CPU is asked first, which costs nothing there
             if self.taken is not None and not (g.device.type == "cpu" and self.taken):
                 g.masked_fill_(~self.taken, 0.0)
+                if shard.direction is not None:
+                    shard.direction.masked_fill_(~self.taken, 0.0)
             self._update(shard, g)
-            shard.grad = None
+            shard.grad = shard.direction = None
             gathers.append(self._start_gather(shard))
         for gather in gathers:
             if gather is not None:
@@ -230,9 +241,7 @@ class MuonAdamW:
 
     def _update(self, shard: Shard, g: Tensor) -> None:
         group, w = shard.group, self._local(shard, shard.weights)
-        if not shard.state:
-            shard.state = {key: w.new_zeros(shape) for key, shape in state_shapes(shard, w).items()}
-        state, number = shard.state, self._number
+        state, number = self._state(shard), self._number
         decay = group.lr * group.weight_decay
         if group.kind == "adamw":
             beta1, beta2 = group.betas
@@ -250,7 +259,17 @@ class MuonAdamW:
         if group.kind == "muon":
             self.muon(w, g, state["momentum"], hyper[:2], self.muon_dtype)
         else:
-            self.normuon(w, g, state["momentum"], state["second_moment"], hyper, self.muon_dtype)
+            direction = self._direction(shard, g) if shard.direction is None else shard.direction
+            self.normuon(w, g, state["momentum"], state["second_moment"], direction, hyper)
+
+    def _state(self, shard: Shard) -> dict[str, Tensor]:
+        if not shard.state:
+            w = self._local(shard, shard.weights)
+            shard.state = {key: w.new_zeros(shape) for key, shape in state_shapes(shard, w).items()}
+        return shard.state
+
+    def _direction(self, shard: Shard, g: Tensor) -> Tensor:
+        return self.direction(g, self._state(shard)["momentum"], self._number(shard.group.momentum), self.muon_dtype)
 
     def _number(self, value: float, if_skipped: float | None = None) -> Number:
         """A hyper-parameter, or, in a step that is not taken, the value with which it changes nothing.

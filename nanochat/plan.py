@@ -17,11 +17,16 @@ H100_FLOPS = 989e12
 H100_MEMORY = 80 * 2**30
 DOLLARS_PER_GPU_HOUR = 3.00
 EXPECTED_MFU = 0.45
-CPU_MFU = 0.3
+# Of a large matmul's rate on two cores: depth 4 and 6 reached 59 to 82% compiled (docs/BENCHMARKS.md, Pretraining), and
+# compiling gains 1.3 to 1.45 times (docs/EXPERIMENTS.md).
+CPU_MFU, CPU_EAGER_MFU = 0.6, 0.43
+# Of a training, from which on base_train compiles on a CPU: about ten minutes on two cores, and 10 to 45 s to compile.
+COMPILE_FLOPS = 1e14
 
 
-def train_seconds(shape: Shape, num_tokens: float, machine: Machine) -> float:
-    return shape.flops_per_token * num_tokens / (machine.flops * machine.num_devices)
+def train_seconds(shape: Shape, num_tokens: float, machine: Machine, compile: bool | None = None) -> float:
+    flops = shape.flops_per_token * num_tokens
+    return flops / (machine.rate(flops >= COMPILE_FLOPS if compile is None else compile) * machine.num_devices)
 
 
 def dollars(seconds: float, num_gpus: int) -> float:
@@ -34,7 +39,7 @@ class Machine:
 
     name: str
     num_devices: int
-    flops: float  # FLOP/s that training reaches
+    flops: float  # FLOP/s that compiled training reaches
     pass_seconds: float  # per layer: the least that a forward and backward pass takes
     decode_seconds: float  # per layer: the least that a new token takes, for all rows at once
     core_seconds: float  # per CORE example
@@ -45,6 +50,10 @@ class Machine:
     memory: float | None  # bytes a device; None = not looked at
     value_bytes: int = 2  # of an activation
     is_cpu: bool = False
+
+    def rate(self, compile: bool) -> float:
+        """FLOP/s. What a GPU loses by not compiling has not been measured."""
+        return self.flops if compile or not self.is_cpu else self.flops * CPU_EAGER_MFU / CPU_MFU
 
     def rows(self, shape: Shape, rows: int) -> int | None:
         """The largest divisor of the rows whose training fits a device; all of them where memory is not looked at."""
@@ -75,10 +84,10 @@ def h100s(num_gpus: int) -> Machine:
 
 
 def this_cpu(peak_flops: float, memory: float | None = None, value_bytes: int = 4) -> Machine:
-    """This machine without a GPU, from the FLOP/s of a large matmul on it. Training at depth 4 reached 0.35
-    of that on two cores (docs/BENCHMARKS.md); the other rates are rough guesses."""
+    """This machine without a GPU, from the FLOP/s of a large matmul on it; rates but CPU_MFU's are rough guesses."""
     return Machine(
-        name=f"this CPU, {CPU_MFU:.0%} of the {peak_flops / 1e9:.0f} GFLOP/s measured in matmuls",
+        name=f"this CPU, {CPU_MFU:.0%} compiled and {CPU_EAGER_MFU:.0%} eager of the {peak_flops / 1e9:.0f} GFLOP/s "
+        "measured in matmuls",
         num_devices=1,
         flops=CPU_MFU * peak_flops,
         pass_seconds=0.004,
@@ -123,7 +132,7 @@ def machine_line(shape: Shape, tokens: int, cfg: Any, machine: Machine) -> str:
         most = rows_per_rank(cfg.total_batch_size, shape.sequence_len, num_devices)
     except InputError as error:
         return f"{machine.name}: {error}"
-    seconds = train_seconds(shape, tokens, machine)
+    seconds = train_seconds(shape, tokens, machine, cfg.compile)
     cost = machine.dollars_per_hour * seconds / 3600
     rows, fit = cfg.device_batch_size, machine.rows(shape, most)
     advice = ""
@@ -188,13 +197,13 @@ class Estimator:
         """Seconds to evaluate tokens over all ranks: a third of their training."""
         return self._train(num_tokens) / 3
 
-    def _train(self, num_tokens: float) -> float:
-        return self.shape.flops_per_token * num_tokens / (self.machine.flops * self.num_ranks)
+    def _train(self, num_tokens: float, compile: bool = False) -> float:
+        return self.shape.flops_per_token * num_tokens / (self.machine.rate(compile) * self.num_ranks)
 
-    def _passes(self, num_steps: float, num_tokens: float, accumulation: float) -> float:
+    def _passes(self, num_steps: float, num_tokens: float, accumulation: float, compile: bool = False) -> float:
         """Seconds of optimizer steps: arithmetic, or the least that their passes take if that is more."""
         least = num_steps * accumulation * self.shape.n_layer * self.machine.pass_seconds
-        return max(self._train(num_tokens), least)
+        return max(self._train(num_tokens, compile), least)
 
     def _cache(self, rows: float, length: int) -> float:
         """Bytes of keys and values in bf16, without the engine's bound."""
@@ -204,7 +213,7 @@ class Estimator:
         """Seconds to add new tokens to the rows of one rank, in as many rounds as the cache needs."""
         rounds = math.ceil(self._cache(rows, PROMPT_TOKENS + new_tokens) / CACHE_BYTES)
         least = rounds * self.shape.n_layer * self.machine.decode_seconds
-        return new_tokens * max(least, rows * self.shape.flops_per_token / 3 / self.machine.flops)
+        return new_tokens * max(least, rows * self.shape.flops_per_token / 3 / self.machine.rate(False))
 
     def _weights(self, rows: float, length: int, logit_rows: float | None = None) -> float:
         """Bytes of a model that reads or answers: fp32 weights, cache, logits of the rows it reads at once."""
@@ -218,10 +227,11 @@ class Estimator:
     def training(
         self, steps: int, total_batch_size: int, rows: int, validations: float, validation_tokens: float
     ) -> Estimate:
-        """base_train and mid_train."""
+        """base_train and mid_train, compiled by base_train's rule."""
         tokens = steps * total_batch_size
         accumulation = total_batch_size / (rows * self.shape.sequence_len * self.num_ranks)
-        seconds = self._passes(steps, tokens, accumulation) + self._forward(validations * validation_tokens)
+        compile = self.shape.flops_per_token * tokens >= COMPILE_FLOPS
+        seconds = self._passes(steps, tokens, accumulation, compile) + self._forward(validations * validation_tokens)
         memory = self.training_memory(rows, self.shape.sequence_len)
         fit = self.machine.rows(self.shape, rows)
         return self._stage(seconds, memory, f"too much: use --device_batch_size={fit}" if fit != rows else "")

@@ -276,8 +276,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def memory_advice(rows: int) -> Iterator[None]:
-    """End an allocation that fails in training with the flags that fit, the pass having had so many rows.
+def memory_advice(rows: int | None, otherwise: str = "a base model of fewer layers") -> Iterator[None]:
+    """End an allocation that fails in training with the flags that fit.
+
+    Args:
+        rows: of the pass; half of them are the first advice. None = there has been no pass.
+        otherwise: the advice where no row can be left out.
 
     Raises:
         InputError: out of memory.
@@ -287,9 +291,10 @@ def memory_advice(rows: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        fewer = next((n for n in range(rows // 2, 0, -1) if rows % n == 0), None)
-        way_out = f"--device_batch_size={fewer}" if fewer else "a smaller --max_seq_len or --depth"
-        raise InputError(f"out of memory with {rows} rows a pass; try {way_out}") from None
+        fewer = next((n for n in range(rows // 2, 0, -1) if rows % n == 0), None) if rows else None
+        way_out = f"--device_batch_size={fewer}" if fewer else otherwise
+        where = f" with {rows} rows a pass" if rows else ""
+        raise InputError(f"out of memory{where}; try {way_out}") from None
 
 
 def available_memory(runtime: Runtime) -> float:

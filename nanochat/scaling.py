@@ -58,6 +58,8 @@ SHORTAGE_EXPONENTS = {"matrix_lr": 0.5, "embedding_lr": 0.37, "unembedding_lr": 
 LR_MOST = 6.5  # times the reference's: still shorter runs are beyond the rule
 # Where the rate ends rises in the same runs, to FINAL_MOST for 0.7M and for 2M tokens (0, 0.1 and 0.2 were tried).
 FINAL_EXPONENT, FINAL_MOST = 0.22, 0.2
+# Of Muon: 0.75 is worth 0.005 bits per byte in runs of 41 to 122 steps and nothing in 1,000 (docs/EXPERIMENTS.md).
+FIRST_MOMENTUM = {"plain": 0.85, "modern": 0.75}
 WINDOW_PARTS, WINDOW_MULTIPLE = 4, 128  # a short window: T/4, rounded up to what attention kernels take at once
 
 
@@ -161,8 +163,11 @@ def shape_from_depth(
     """The model that the depth dial means.
 
     Raises:
-        InputError: the width does not divide into heads of an even size.
+        InputError: no layer, or a width that does not divide into heads of an even size.
     """
+    if depth < 1:
+        near = _nearest_that_divides(1, aspect_ratio, head_dim)
+        raise InputError(f"--depth {depth} must be at least 1; try {near}")
     n_embd, n_head = _width(depth, aspect_ratio, head_dim)
     if not _divides(n_embd, n_head):
         raise InputError(
@@ -183,6 +188,16 @@ def _width(depth: int, aspect_ratio: int, head_dim: int) -> tuple[int, int]:
 
 def _divides(n_embd: int, n_head: int) -> bool:
     return n_embd % n_head == 0 and (n_embd // n_head) % 2 == 0
+
+
+def least_depth(width: int, multiple: int, aspect_ratio: int, head_dim: int) -> int | None:
+    """The first one whose model is at least so wide, by a multiple; None where the heads allow none."""
+    first = math.ceil(width / aspect_ratio)
+    for depth in range(first, first + multiple * head_dim + 1):
+        n_embd, n_head = _width(depth, aspect_ratio, head_dim)
+        if n_embd % multiple == 0 and _divides(n_embd, n_head):
+            return depth
+    return None
 
 
 def _nearest_that_divides(depth: int, aspect_ratio: int, head_dim: int) -> str:
@@ -405,15 +420,15 @@ def lr_multiplier(
     return 1.0
 
 
-def schedule(recipe: Any, step: int, steps: int) -> tuple[float, float]:
+def schedule(recipe: Any, step: int, steps: int, arch: str) -> tuple[float, float]:
     """(learning rate multiplier, Muon momentum) of a step, from 0, in base training by `Settings`."""
     lrm = lr_multiplier(step / steps, recipe.warmup_ratio, recipe.warmdown_ratio, recipe.final_lr_frac, 1 / steps)
-    return lrm, muon_momentum(step)
+    return lrm, muon_momentum(step, FIRST_MOMENTUM[arch])
 
 
-def muon_momentum(step: int) -> float:
-    """0.85 to 0.95 over the first 300 steps (the reference's habit)."""
-    return 0.85 + 0.10 * min(step / 300, 1.0)
+def muon_momentum(step: int, first: float = FIRST_MOMENTUM["plain"]) -> float:
+    """From the first to 0.95 over 300 steps (the reference's habit)."""
+    return first + (0.95 - first) * min(step / 300, 1.0)
 
 
 def round_to_multiple(value: int, multiple: int) -> int:

@@ -21,6 +21,7 @@ from nanochat import guards, scaling
 from nanochat.config import InputError
 from nanochat.environment import print0
 from nanochat.gpt import GPT
+from nanochat.memory import less_memory
 from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.ranks import RankError
 from nanochat.resume import SMOOTHING, LoopState
@@ -303,6 +304,13 @@ class Trainer:
             raise InputError("the data ended before the training did; lower --num_iterations")
         return self.pending
 
+    def _memory_advice(self, batches: list[Batch]) -> contextlib.AbstractContextManager[None]:
+        """By the flags that the stage has."""
+        T, n_layer = self.model.config.sequence_len, self.model.config.n_layer
+        rows = max(1, max(batch[0].numel() for batch in batches) // T)  # SFT's flag counts rows of full length
+        otherwise = {"base": less_memory(T, n_layer, self.model.recompute), "mid": f"--max_seq_len={max(1, T // 2)}"}
+        return memory_advice(rows, *([otherwise[self.stage]] if self.stage in otherwise else []))
+
     def _step(self, state: LoopState) -> None:
         t0 = time.perf_counter()
         with self._losing_nothing():
@@ -311,9 +319,10 @@ class Trainer:
             lrm, momentum = self.schedule(state)
             self.optimizer.set_lr(lrm, momentum)
             self.model.train()
-            with memory_advice(batches[0][0].size(0)):
+            with self._memory_advice(batches):
                 loss = accumulate(self.forward, batches, self.rt.world_size, self.rt.device, self.count)
-        taken = optimizer_step(self.optimizer, loss, state, self.grad_clip, self.guard_sigma)
+        with self._memory_advice(batches):  # the first update makes the optimizer's state; half an update is not saved
+            taken = optimizer_step(self.optimizer, loss, state, self.grad_clip, self.guard_sigma)
         self.cursor = behind
         self._prefetch()  # while the device works
         is_taken = taken(self.saver)  # waits for the device

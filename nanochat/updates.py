@@ -48,26 +48,31 @@ def muon_(w: Tensor, g: Tensor, m: Tensor, hyper: Sequence[Number], dtype: torch
     """
     lr, momentum = hyper
     update = orthogonalize(nesterov(g, m, momentum), dtype)
+    m.lerp_(g, 1 - momentum)
     w.sub_(update.float() * lr)
 
 
-def normuon_(w: Tensor, g: Tensor, m: Tensor, second: Tensor, hyper: Sequence[Number], dtype: torch.dtype) -> None:
-    """NorMuon (Li et al. 2025, arXiv 2510.05491) between MuonEq, Muon+ and cautious decay.
+def normuon_direction(g: Tensor, m: Tensor, momentum: Number, dtype: torch.dtype) -> Tensor:
+    """The part of NorMuon that takes the time: MuonEq, polar factor and Muon+. Writes nothing, so that it can be made
+    before it is known whether the step is taken. g, m: (K, m, n); returns (K, m, n) fp32."""
+    return unit_scale(polar(equalize_rows(nesterov(g, m, momentum)), dtype).float())
 
-    w, g, m: (K, m, n); second: (K, m, 1) or (K, 1, n).
+
+def normuon_(w: Tensor, g: Tensor, m: Tensor, second: Tensor, direction: Tensor, hyper: Sequence[Number]) -> None:
+    """NorMuon (Li et al. 2025, arXiv 2510.05491) along `normuon_direction`, with cautious decay.
+
+    w, g, m, direction: (K, m, n); second: (K, m, 1) or (K, 1, n).
     hyper: lr with the shape factor; momentum; 1 - beta2; weight decay times the first.
     """
     lr, momentum, rate2, decay = hyper
-    update = equalize_rows(nesterov(g, m, momentum))
-    update = unit_scale(polar(update, dtype).float())
-    update = even_out(update, second, rate2)
+    m.lerp_(g, 1 - momentum)
+    update = even_out(direction, second, rate2)
     w.sub_(update * lr + cautious_decay(w, update) * decay)
 
 
 def nesterov(g: Tensor, m: Tensor, momentum: Number) -> Tensor:
-    """M <- mu M + (1 - mu) G; returns mu M + (1 - mu) G, in g's storage."""
-    m.lerp_(g, 1 - momentum)
-    return g.lerp_(m, momentum)
+    """mu M' + (1 - mu) G, where M' = mu M + (1 - mu) G is the momentum after this step."""
+    return g.lerp(m.lerp(g, 1 - momentum), momentum)
 
 
 def equalize_rows(u: Tensor) -> Tensor:

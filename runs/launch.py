@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 STOPPED = 75  # nanochat.signals.EXIT_STOPPED, the code of a rank that was stopped and has saved
+WRONG_INPUT = 2  # a rank's own line has said what is wrong
 # A rank may hang in a collective behind one that died. torchrun would leave it 30 s; it shall be gone in 30 s, the time
 # to notice included.
 PATIENCE_SECONDS = 20
@@ -50,7 +51,7 @@ def main() -> None:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
         _, first = error.get_first_failure()  # the others failed of it
-        if first.exitcode != STOPPED:
+        if first.exitcode not in (STOPPED, WRONG_INPUT):
             print(error, file=sys.stderr, flush=True)
         sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)  # below zero: the signal that ended it
 

@@ -25,11 +25,12 @@ from nanochat.evals.bpb import evaluate_bpb
 from nanochat.evals.bundle import open_bundle
 from nanochat.evals.core import evaluate_core
 from nanochat.evals.samples import sample_texts
-from nanochat.fit import find_rows
-from nanochat.fp8 import convert_to_fp8
+from nanochat.fit import check_rows, find_rows
+from nanochat.fp8 import ALIGNMENT, MIN_WIDTH, convert_to_fp8
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.memory import half_depth
 from nanochat.optim import MuonAdamW
-from nanochat.plan import h100s, plan_lines, this_cpu
+from nanochat.plan import COMPILE_FLOPS, h100s, plan_lines, this_cpu
 from nanochat.ranks import is_same_everywhere, together
 from nanochat.report import get_report
 from nanochat.resume import LoopState
@@ -66,7 +67,7 @@ class BaseTrainConfig:
         None, "largest gradient norm; 0 = no clipping, -1 = auto: plain 1.0, modern 0", off=-1
     )
     eval_every: int | None = flag(250, "steps between validations; -1 = never", off=-1)
-    eval_tokens: int = flag(20 * 524288, "tokens of a validation")
+    eval_tokens: int = flag(20 * 524288, "tokens of a validation, at most all of the split")
     core_metric_every: int | None = flag(2000, "steps between CORE estimates; -1 = never", off=-1)
     core_metric_max_per_task: int | None = flag(500, "examples of each CORE task; -1 = all", off=-1)
     sample_every: int | None = flag(2000, "steps between sample completions; -1 = never", off=-1)
@@ -102,28 +103,34 @@ class BaseTrainConfig:
     )
     deterministic: bool = flag(False, "the same result to the bit, also where that is slower (GPU)", new=True)
     recompute: bool = flag(False, "compute activations again in the backward pass: less memory", new=True)
-    compile: bool | None = flag(None, "torch.compile; default: on a GPU", off="None", new=True)
+    compile: bool | None = flag(
+        None,
+        f"torch.compile; default: on a GPU, and on a CPU if training takes {COMPILE_FLOPS:.0e} FLOPs or more",
+        off="None",
+        new=True,
+    )
     seed: int = flag(42, "of the initial weights", new=True)
     bundle: str | None = flag(None, "CORE bundle: a folder or .zip", off="None", new=True)
     vocab_size: int | None = flag(None, "for --plan without a tokenizer", off="None", new=True)
     plan: bool = flag(False, "print sizes, time and cost, and train nothing", new=True)
 
     def __post_init__(self) -> None:
-        for name in (
-            "depth",
-            "max_seq_len",
-            "device_batch_size",
-            "eval_tokens",
-            "head_dim",
-            "aspect_ratio",
-            "short_window",
-        ):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"--{name} {value} must be at least 1; try --{name}=1")
+        sizes = ("max_seq_len", "device_batch_size", "eval_tokens", "aspect_ratio", "short_window", "num_iterations")
+        for name, least in (*((size, 1) for size in sizes), ("head_dim", 2)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise InputError(f"--{name} {value} must be at least {least}; try --{name}={least}")
         if self.short_window is not None and self.short_window > self.max_seq_len:
             raise InputError(
                 f"--short_window {self.short_window} is longer than the context of {self.max_seq_len} tokens; try "
                 f"--short_window={self.max_seq_len}"
+            )
+        width = shape_of(self, vocab_size=1).n_embd
+        scaling.windows(self.window_pattern, self.depth, self.max_seq_len, self.short_window)
+        if self.fp8 and (width < MIN_WIDTH or width % ALIGNMENT):
+            depth = scaling.least_depth(MIN_WIDTH, ALIGNMENT, self.aspect_ratio, self.head_dim)
+            raise InputError(
+                f"--fp8 takes layers at least {MIN_WIDTH} wide, a multiple of {ALIGNMENT}, and these have {width}; "
+                + (f"try --depth={depth}" if depth else "leave it out")
             )
         if self.deterministic and self.device_batch_size is None and not self.plan:
             raise InputError("--deterministic needs --device_batch_size: what fits depends on the memory that is free")
@@ -162,26 +169,39 @@ def model_config(cfg: BaseTrainConfig, shape: scaling.Shape) -> GPTConfig:
 
 def decided(cfg: BaseTrainConfig, rt: runtime.Runtime, saved: Checkpoint | None = None) -> Decided:
     """The config with nothing left open: what the run had so far, where it is resumed; else batch, horizon and rates
-    from the depth, rows from the memory."""
+    from the depth, rows from the memory, whether to compile from the FLOPs."""
     if saved is not None:
-        names = [f.name for f in fields(scaling.Settings)]
+        names = [*(f.name for f in fields(scaling.Settings)), "compile"]
         cfg = replace(cfg, **{k: saved.meta["user_config"][k] for k in names if getattr(cfg, k) is None})
     shape = shape_of(cfg, get_tokenizer().get_vocab_size())
     whole: Decided = scaling.with_settings(cfg, shape, rt.world_size)
+    if whole.compile is None or whole.compile == "None":  # the latter: a checkpoint from before this was decided here
+        is_long = whole.compile is None and training_flops(whole, shape) >= COMPILE_FLOPS
+        whole = replace(whole, compile=rt.device.type == "cuda" or (rt.device.type == "cpu" and is_long))
+    config = model_config(cfg, shape)
     if cfg.device_batch_size is not None:
+        check_rows(config, rt, cfg.device_batch_size, cfg.recompute)
         return whole
     most = scaling.rows_per_rank(whole.total_batch_size, cfg.max_seq_len, rt.world_size)
     if saved is not None and most % saved.meta["device_batch_size"] == 0:  # the same passes add up to the same sums
         before = saved.meta["user_config"]
         return replace(whole, device_batch_size=before["device_batch_size"], recompute=before["recompute"])
-    rows, recompute = find_rows(model_config(cfg, shape), rt, most, cfg.recompute, cfg.compile)
+    rows, recompute = find_rows(config, rt, most, cfg.recompute, whole.compile, cfg.fp8)
     return replace(whole, device_batch_size=rows, recompute=recompute)
 
 
-def horizon(cfg: Decided, shape: scaling.Shape) -> int:
-    steps, rule = scaling.num_iterations(
+def num_iterations(cfg: Decided, shape: scaling.Shape) -> tuple[int, str]:
+    return scaling.num_iterations(
         shape, cfg.total_batch_size, cfg.num_iterations, cfg.target_flops, cfg.target_param_data_ratio
     )
+
+
+def training_flops(cfg: Decided, shape: scaling.Shape) -> int:
+    return shape.flops_per_token * cfg.total_batch_size * num_iterations(cfg, shape)[0]
+
+
+def horizon(cfg: Decided, shape: scaling.Shape) -> int:
+    steps, rule = num_iterations(cfg, shape)
     if rule == "num_iterations":
         print0(f"Using user-provided number of iterations: {steps:,}")
     else:
@@ -202,7 +222,8 @@ def check_text(cfg: Decided, source: Source, tokenizer: Tokenizer, world_size: i
             return
     row = cfg.max_seq_len * world_size  # one on each rank
     one_pass = cfg.device_batch_size * row
-    way_out = "a smaller --max_seq_len, or add text"
+    T = num_tokens // world_size
+    way_out = f"--max_seq_len={T} --device_batch_size=1 --total_batch_size={T * world_size}" if T else "more text"
     if num_tokens >= one_pass:
         way_out = f"--total_batch_size={num_tokens // one_pass * one_pass}"
     elif num_tokens >= row:
@@ -219,7 +240,7 @@ def model_and_optimizer(cfg: Decided, config: GPTConfig, rt: runtime.Runtime) ->
     model.recompute = cfg.recompute
     if cfg.fp8:
         print0(f"fp8: the matrix products of {convert_to_fp8(model)} layers, bf16 for the rest")
-    # on a CPU it is eager: what takes its time there are library calls
+    # on a CPU the optimizer is eager: what takes its time there are library calls
     compile = rt.device.type == "cuda" and compiles(rt, cfg.compile)
     return model, make_optimizer(model, cfg, rt, compile)
 
@@ -250,6 +271,7 @@ def batches(
         world_size=rt.world_size,
         device=rt.device,
         cursor=cursor,
+        repeat=split == "train",
     )
 
 
@@ -263,14 +285,15 @@ def build(
     accum = scaling.grad_accum_steps(cfg.total_batch_size, cfg.device_batch_size, cfg.max_seq_len, rt.world_size)
     check_text(cfg, source, tokenizer, rt.world_size)
     config = model_config(cfg, shape)
-    model, optimizer = model_and_optimizer(cfg, config, rt)
-    meta = resume.stage_facts(cfg, model, tokenizer, source.fingerprint(), cfg.dataset)
-    meta |= {"device_batch_size": cfg.device_batch_size, "max_seq_len": cfg.max_seq_len}
-    state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
+    with runtime.memory_advice(None, f"--depth={half_depth(cfg.depth)}"):
+        model, optimizer = model_and_optimizer(cfg, config, rt)
+        meta = resume.stage_facts(cfg, model, tokenizer, source.fingerprint(), cfg.dataset)
+        meta |= {"device_batch_size": cfg.device_batch_size, "max_seq_len": cfg.max_seq_len}
+        state, cursor = resume.restore(saved, model, optimizer, meta, cfg.accept_changes)
     directory = checkpoint.tag_directory("base", cfg.tag)
 
     def schedule(state: LoopState) -> tuple[float, float]:
-        return scaling.schedule(cfg, state.step, steps)
+        return scaling.schedule(cfg, state.step, steps, cfg.arch)
 
     trainer = Trainer(
         rt=rt,
@@ -366,9 +389,7 @@ def plan(cfg: BaseTrainConfig) -> None:
     rt = runtime.start("cpu")
     cpu = this_cpu(runtime.peak_flops(rt), runtime.available_memory(rt), rt.dtype.itemsize)
     whole: Decided = scaling.with_settings(cfg, shape, world_size=1)
-    steps, _ = scaling.num_iterations(
-        shape, whole.total_batch_size, cfg.num_iterations, cfg.target_flops, whole.target_param_data_ratio
-    )
+    steps, _ = num_iterations(whole, shape)
     print("\n".join(plan_lines(shape, steps, whole, (h100s(1), h100s(8), cpu))))
 
 

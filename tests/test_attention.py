@@ -1,6 +1,9 @@
 """Every attention that runs here against one slow twin: a softmax in fp64 under an explicit mask."""
 
+import importlib.machinery
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -62,12 +65,57 @@ def test_the_mask_that_other_devices_take_is_the_twins():
     assert_as_the_twin(masked_sdpa, qkv, 7, visible=seen(40, 7), tolerance=1e-5)
 
 
+@pytest.fixture
+def flex_calls(monkeypatch):
+    """How often the compiled FlexAttention was called, for which an eager one stands in: compiling takes a minute."""
+    calls = []
+    eager = attention.flex_attention
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: lambda *args, **kw: calls.append(1) or eager(*args, **kw))
+    attention._cached_block_mask.cache_clear()
+    return calls
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_is_the_twin():
+def test_flex_attention_is_the_twin(flex_calls):
     """Forward only: it has no backward pass on a CPU."""
     qkv = [x.detach() for x in inputs(150, H=4, H_kv=2)]
     got, wanted = attention._flex(*qkv, WINDOW), twin(*qkv, seen(150, WINDOW))
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert flex_calls == [1]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_mask_of_blocks_is_made_once_and_serves_evaluation_and_training(flex_calls, monkeypatch):
+    made = []
+    make = attention.create_block_mask
+    monkeypatch.setattr(attention, "create_block_mask", lambda *args, **kw: made.append(args[3:]) or make(*args, **kw))
+    with torch.inference_mode():
+        for T, window in ((150, WINDOW), (150, WINDOW), (140, WINDOW), (150, 9)):
+            attention._flex(*(x.detach() for x in inputs(T)), window)
+        assert not attention._cached_block_mask(150, 9, torch.device("cpu")).kv_indices.is_inference()
+    assert made == [(150, 150), (140, 140), (150, 150)] and flex_calls == [1] * 4
+
+
+@pytest.mark.slow
+def test_a_trace_takes_flex_attention_in_with_neither_cache_nor_break(flex_calls):
+    qkv = [x.detach() for x in inputs(150, H=4, H_kv=2)]
+    got = torch.compile(attention._flex, backend="eager", fullgraph=True)(*qkv, WINDOW)
+    torch.testing.assert_close(got.double(), twin(*qkv, seen(150, WINDOW)), rtol=1e-5, atol=1e-5)
+    assert not flex_calls and attention._cached_block_mask.cache_info().misses == 0
+
+
+def test_a_build_of_flash_attention_is_asked_for_by_version(monkeypatch):
+    """Else `kernels` 0.17 refuses."""
+
+    def get_kernel(repo_id, *, version):
+        return types.SimpleNamespace(flash_attn_func=(repo_id, version))
+
+    kernels = types.ModuleType("kernels")
+    kernels.get_kernel, kernels.__spec__ = get_kernel, importlib.machinery.ModuleSpec("kernels", None)
+    monkeypatch.setitem(sys.modules, "kernels", kernels)
+    monkeypatch.setattr(attention, "_flash_function", None)
+    monkeypatch.setattr(attention, "_flash_error", "")
+    assert attention._load_flash() and attention._flash_function == ("kernels-community/flash-attn3", 1)
 
 
 def test_in_fp64_the_gradients_are_exact():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,12 +69,27 @@ def refusal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--total_batch_size=8192", "--target_param_data_ratio=nan"], "ratio nan gives no step"),
         (["--total_batch_size=8192", "--target_param_data_ratio=1e-9"], "ratio 1e-09 gives no step"),
         (["--target_flops=0"], "--target_flops 0 gives no step"),
-        (["--num_iterations=0"], "--num_iterations 0 gives no step"),
+        (["--num_iterations=0"], "--num_iterations 0 must be at least 1; try --num_iterations=1"),
+        (["--head_dim=0"], "--head_dim 0 must be at least 2; try --head_dim=2"),
+        (["--fp8"], "--fp8 takes layers at least 1280 wide, a multiple of 16, and these have 256; try --depth=20"),
+        (["--fp8", "--aspect_ratio=325", "--head_dim=130"], "and these have 1300; try --depth=16"),
         (["--matrix_lr=nan"], "--matrix_lr nan must be a number from 0; try --matrix_lr=0.02"),
     ],
 )
 def test_impossible_sizes_end_in_one_line_and_code_2(capsys, arch, flags, message):
     assert message in refusal(["--plan", "--vocab_size=4096", "--depth=4", f"--arch={arch}", *flags], capsys)
+
+
+@pytest.mark.parametrize(
+    ("flag", "way_out"),
+    [("--window_pattern=SX", "--window_pattern=S"), ("--num_iterations=0", "--num_iterations=1"), ("--depth=5", "")],
+)
+def test_what_needs_neither_text_nor_tokenizer_is_refused_before_they_are_looked_for(
+    flag, way_out, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    error = refusal([flag], capsys)
+    assert flag.partition("=")[0] in error and way_out in error
 
 
 def test_the_ratio_that_a_refusal_offers_is_taken(capsys, monkeypatch):
@@ -109,7 +125,9 @@ def test_a_folder_of_less_than_one_pass_is_refused_with_fewer_rows_and_of_less_t
     found = re.search(r"try --total_batch_size=(\d+) --device_batch_size=(\d+)$", error)
     assert found is not None and int(found[1]) == 64 * int(found[2]) < 131_072
     error = refusal([*flags, "--max_seq_len=65536", "--device_batch_size=2", "--total_batch_size=131072"], capsys)
-    assert error.endswith("try a smaller --max_seq_len, or add text")
+    found = re.search(r"try (--max_seq_len=\d+) (--device_batch_size=1) (--total_batch_size=\d+)$", error)
+    assert found is not None
+    base_train.main([*flags, *found.groups(), "--model_tag=short"])
 
 
 def test_without_a_device_batch_a_run_takes_what_fits_and_reports_every_decision(at, capsys):
@@ -118,7 +136,13 @@ def test_without_a_device_batch_a_run_takes_what_fits_and_reports_every_decision
     assert "Device batch: 8 rows" in out
     assert "Tokens / micro-batch / rank: 8 x 64 = 512" in out
     section = (at / "report" / "base-model-training.md").read_text()
-    for line in ("target_param_data_ratio: 20", "device_batch_size: 8", "total_batch_size: 512", "matrix_lr: 0.0200"):
+    for line in (
+        "compile: False",
+        "target_param_data_ratio: 20",
+        "device_batch_size: 8",
+        "total_batch_size: 512",
+        "matrix_lr: 0.0200",
+    ):
         assert f"- {line}\n" in section
 
 
@@ -141,6 +165,118 @@ def test_out_of_memory_in_a_step_ends_in_one_line_with_the_rows_that_fit(at, cap
     flags = [*SIZES, f"--dataset={at / 'notes'}", "--num_iterations=1", "--total_batch_size=512"]
     error = refusal([*flags, "--device_batch_size=8", "--model_tag=oom"], capsys)
     assert error == "error: out of memory with 8 rows a pass; try --device_batch_size=4"
+
+
+def test_out_of_memory_in_an_update_ends_alike_and_saves_no_half_of_it(at, capsys, monkeypatch):
+    def too_much(*args: object) -> None:
+        raise trainer.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(base_train.MuonAdamW, "step", too_much)
+    flags = [*SIZES, f"--dataset={at / 'notes'}", "--num_iterations=1", "--total_batch_size=512"]
+    error = refusal([*flags, "--device_batch_size=8", "--model_tag=oom2"], capsys)
+    assert error == "error: out of memory with 8 rows a pass; try --device_batch_size=4"
+    assert not list((at / "base_checkpoints").glob("oom2/step_*"))
+    error = refusal([*flags, "--device_batch_size=1", "--model_tag=oom2"], capsys)
+    assert error == "error: out of memory with 1 rows a pass; try --recompute"
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag"),
+    [("base", "--recompute"), ("mid", "--max_seq_len=32"), ("sft", "a base model of fewer layers")],
+)
+def test_what_is_advised_where_one_row_is_too_much_is_a_flag_of_the_stage(stage, flag):
+    config = SimpleNamespace(sequence_len=64, n_layer=4)
+    self = SimpleNamespace(stage=stage, model=SimpleNamespace(config=config, recompute=False))
+    short = torch.zeros(4, 16)  # of SFT: as much as one row of full length
+    with pytest.raises(base_train.InputError, match=f"with 1 rows a pass; try {flag}$"):
+        with trainer.Trainer._memory_advice(self, [(short, short)]):
+            raise MemoryError
+
+
+def test_out_of_memory_while_the_model_is_made_ends_in_one_line(at, capsys, monkeypatch):
+    def too_much(*args: object) -> None:
+        raise trainer.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(checkpoint, "build_model", too_much)
+    flags = [*SIZES, f"--dataset={at / 'notes'}", "--num_iterations=1", "--total_batch_size=512", "--depth=4"]
+    error = refusal([*flags, "--device_batch_size=8", "--model_tag=oom3"], capsys)
+    assert error == "error: out of memory; try --depth=2"
+
+
+def test_rows_that_are_asked_for_are_held_against_the_free_memory(at, capsys, monkeypatch):
+    monkeypatch.setattr(runtime, "available_memory", lambda rt: 2**21)
+    flags = [*SIZES, f"--dataset={at / 'notes'}", "--num_iterations=1", "--total_batch_size=65536"]
+    error = refusal([*flags, "--device_batch_size=1024", "--model_tag=oom4"], capsys)
+    assert error.startswith("error: --device_batch_size 1024 takes about 0.")
+    (fewer,) = re.findall(r"; try (--device_batch_size=\d+)$", error)
+    base_train.main([*flags, fewer, "--model_tag=oom4", "--total_batch_size=512"])
+
+
+# What is decided ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "steps", "asked", "compile"),
+    [
+        *(("cpu", 2, None, False), ("cpu", 3, None, True), ("cpu", 3, False, False), ("cpu", 2, True, True)),
+        *(("cuda", 2, None, True), ("cuda", 2, False, False), ("mps", 3, None, False)),
+    ],
+)
+def test_a_long_training_compiles_on_a_cpu_and_any_on_a_gpu_unless_told_otherwise(
+    device, steps, asked, compile, at, monkeypatch
+):
+    probed = []
+    monkeypatch.setattr(base_train, "find_rows", lambda *args: probed.append(args[4]) or (8, False))
+    sizes = dict(depth=2, aspect_ratio=16, head_dim=16, max_seq_len=64, total_batch_size=512)
+    cfg = base_train.BaseTrainConfig(**sizes, num_iterations=steps, compile=asked)
+    shape = base_train.shape_of(cfg, base_train.get_tokenizer().get_vocab_size())
+    monkeypatch.setattr(base_train, "COMPILE_FLOPS", 3 * 512 * shape.flops_per_token)
+    rt = runtime.Runtime(torch.device(device), torch.float32)
+    assert base_train.decided(cfg, rt).compile is compile
+    assert probed == [compile]
+
+
+@pytest.mark.parametrize(("before", "compile"), [(True, True), (False, False), ("None", False)])
+def test_a_resumed_run_compiles_as_it_did(before, compile, at, monkeypatch):
+    monkeypatch.setattr(base_train, "COMPILE_FLOPS", 0)
+    sizes = dict(depth=2, aspect_ratio=16, head_dim=16, max_seq_len=64, total_batch_size=512, device_batch_size=8)
+    cfg = base_train.BaseTrainConfig(**sizes, num_iterations=1)
+    rt = runtime.Runtime(torch.device("cpu"), torch.float32)
+    config = {**vars(base_train.decided(cfg, rt)), "compile": before}
+    saved = SimpleNamespace(meta={"user_config": config, "device_batch_size": 8})
+    assert base_train.decided(cfg, rt, saved).compile is compile
+
+
+@pytest.mark.parametrize("rows", [2, 32])
+def test_a_validation_ends_after_one_pass_of_the_split(rows, at, capsys, monkeypatch):
+    seen = []
+    evaluate = base_train.evaluate_bpb
+
+    def counted(model, loader, *args):
+        def batches():
+            for inputs, targets in loader:
+                seen.append(int((targets >= 0).sum()))
+                yield inputs, targets
+
+        return evaluate(model, batches(), *args)
+
+    monkeypatch.setattr(base_train, "evaluate_bpb", counted)
+    flags = [
+        *SIZES,
+        f"--dataset={at / 'notes'}",
+        "--num_iterations=1",
+        f"--total_batch_size={64 * rows}",
+        "--model_tag=val",
+    ]
+    base_train.main([*flags, f"--device_batch_size={rows}", "--eval_tokens=10485760", "--eval_every=1"])
+    cfg = base_train.BaseTrainConfig(dataset=str(at / "notes"), max_seq_len=64, device_batch_size=rows)
+    rt = runtime.Runtime(torch.device("cpu"), torch.float32)
+    once = base_train.batches(cfg, rt, base_train.open_text(cfg, rt), "val")
+    expected = [int((targets >= 0).sum()) for _, targets in once]
+    assert seen == 2 * expected  # before and after the step
+    assert len(expected) == 1 if rows == 32 else len(expected) > 1
+    values = re.findall(r"Validation bpb: (\S+)", capsys.readouterr().out)
+    assert len(values) == 2 and all(0 < float(value) < 20 for value in values)
 
 
 # Going on ----------------------------------------------------------------------------------------

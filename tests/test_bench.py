@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import ablate, common, gpu_suite, inference, packed, results, serve, teach, time_to_bpb
+from bench import ablate, common, gpu_suite, inference, packed, results, serve, teach, time_to_bpb, train
 from bench import checkpoint as saving_bench
 from bench.ablate import Candidate, Pairs, judge, leave_one_out, neighbours, paired_p, t_two_sided
 from bench.common import Built, Plan, Setting
@@ -165,6 +166,24 @@ def test_nothing_starts_that_would_end_after_the_time_limit(tmp_path):
     assert not calls.exists()
 
 
+def test_what_an_earlier_call_timed_decides_what_a_later_one_starts(tmp_path, capsys):
+    calls, path = tmp_path / "calls", tmp_path / "r.jsonl"
+    long, other, elsewhere = (
+        Task(kind, {"kind": kind, "i": 1, "machine": machine}, partial(counted, calls, 0.0), cost=10.0)
+        for kind, machine in (("run", "this"), ("timing", "this"), ("run", "another"))
+    )
+    Results(path).add(Task("old", {"kind": "run", "i": 0, "machine": "this"}, dict), {})  # of before seconds were kept
+    assert run_all([dataclasses.replace(long, spec={**long.spec, "i": 2})], Results(path), jobs=0, time_limit=1) == 0
+    Results(path).add(Task("t", {"kind": "run", "i": 3, "machine": "this"}, dict, cost=2.0), {}, seconds=20.0)
+    capsys.readouterr()
+    assert run_all([other], Results(path), jobs=0, time_limit=1) == 0
+    assert run_all([elsewhere], Results(path), jobs=0, time_limit=1) == 0
+    assert run_all([long], Results(path), jobs=0, time_limit=1) == 1  # 100 s do not fit in a minute
+    assert "1 tasks not started, the next takes about 1.7 min" in capsys.readouterr().out
+    assert run_all([long], Results(path), jobs=0, time_limit=2) == 0
+    assert calls.read_text() == "xxxx"
+
+
 def test_results_of_other_code_are_marked_and_made_again_only_when_asked(tmp_path, capsys):
     calls, path = tmp_path / "calls", tmp_path / "r.jsonl"
     task = Task("t", {"kind": "run"}, partial(counted, calls, 0.0))
@@ -261,6 +280,32 @@ def test_a_run_equals_a_plain_loop_that_never_warmed_up():
     assert found["tokens"] == 96 and found["seconds"] == pytest.approx(found["curve"][-1][1])
 
 
+def test_after_the_warm_up_the_optimizer_is_the_same_object_as_new():
+    """Its compiled functions go with it, so that no timed step compiles."""
+    built = Built(Setting(2, "modern", 5, TINY), tiny_plan(), 40)
+    before, fresh = built.optimizer, Built(Setting(2, "modern", 5, TINY), tiny_plan(), 40)
+    batches = next(tiny_text().batches(tiny_plan(), 0, built.rt.device))
+    built.warm_up(batches)
+    assert built.optimizer is before and list(built.optimizer.state_dict()) == ["step"]
+    for step in range(2):
+        assert built.timed_step(batches, step)[1] == fresh.timed_step(batches, step)[1]
+    states = built.optimizer.state_dict(), fresh.optimizer.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(
+    ("device", "compile", "expected"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_the_optimizer_is_compiled_where_base_train_compiles_it(monkeypatch, device, compile, expected):
+    asked = []
+    monkeypatch.setattr(common, "start", lambda *args: Runtime(torch.device(device), torch.bfloat16))
+    monkeypatch.setattr(checkpoint, "build_model", lambda *args: torch.nn.Module())
+    monkeypatch.setattr(common, "make_optimizer", lambda *args: asked.append(args[3]))
+    Built(Setting(1, "plain", 0, TINY), tiny_plan(compile=compile), 40)
+    assert asked == [expected]
+
+
 def test_a_run_that_diverges_is_a_result_and_no_crash(monkeypatch):
     monkeypatch.setattr(common, "accumulate", lambda *args: torch.tensor(float("nan")))
     found = common.train_run(Setting(1, "plain", 0, TINY), tiny_plan(), tiny_text())
@@ -297,8 +342,76 @@ def test_overrides_are_read_as_values():
 def test_relative_error_of_attention_and_model_shows_a_wrong_kernel(monkeypatch):
     assert gpu_suite.check_attention("cpu", "float32", 16, 8)["error"] < 1e-5
     assert gpu_suite.check_model("modern", "cpu", "float32", (1, 32, 64, 16))["error"] < 1e-4
-    monkeypatch.setattr(gpu_suite.attention, "causal_attention", lambda q, k, v: v + 0 * (q + k))
+    monkeypatch.setattr(gpu_suite.attention, "causal_attention", lambda q, k, v, **kw: v + 0 * (q + k))
     assert gpu_suite.check_attention("cpu", "float32", 16, 8)["error"] > 0.1
+
+
+def test_a_kernel_that_is_wrong_in_its_window_or_its_groups_is_seen(monkeypatch):
+    right = gpu_suite.attention.causal_attention
+    check = partial(gpu_suite.check_attention, "cpu", "float32", 16, 8)
+    assert check(4, 2)["error"] < 1e-5 and check(4, 2, "sdpa") == {
+        "error": pytest.approx(0, abs=1e-5),
+        "kernel": "SDPA",
+    }
+    monkeypatch.setattr(
+        gpu_suite.attention,
+        "causal_attention",
+        lambda q, k, v, window, kernel: right(q, k, v, None if window is None else window + 1),
+    )
+    assert check(4)["error"] > 0.1 and check(None)["error"] < 1e-5
+    monkeypatch.setattr(
+        gpu_suite.attention,
+        "causal_attention",
+        lambda q, k, v, window, kernel: right(q, *(x.repeat(1, 1, q.size(2) // x.size(2), 1) for x in (k, v)), window),
+    )
+    assert check(None, 2)["error"] > 0.1 and check(None, 4)["error"] < 1e-5
+
+
+def test_the_suite_checks_windows_and_groups_by_every_kernel_and_models_with_short_windows(monkeypatch):
+    monkeypatch.setattr(common, "machine", lambda plan: "a GPU")
+    tasks = gpu_suite.kernel_tasks(gpu_suite.SuiteConfig(tiny=False, pack="p", data="tinyworld"))
+    asked = {(t.spec["dtype"], *t.work.args[4:]) for t in tasks if t.work.func is gpu_suite.check_attention}
+    for dtype, window, heads in itertools.product(("float32", "bfloat16"), (None, 512), (4, 2)):
+        assert (dtype, window, heads, None) in asked
+    assert {("bfloat16", 512, 2, "flex"), ("bfloat16", 512, 2, "sdpa")} < asked
+    models = {(t.work.args[2], t.work.args[0], t.work.args[4]) for t in tasks if t.work.func is gpu_suite.check_model}
+    assert models == {*itertools.product(("float32", "bfloat16", "fp8"), scaling.ARCHS, ("L", "SL"))}
+    used = []
+    original = gpu_suite.attention.causal_attention
+
+    def watched(q, k, v, window=None):
+        used.append(window)
+        return original(q, k, v, window)
+
+    monkeypatch.setattr("nanochat.gpt.causal_attention", watched)
+    assert gpu_suite.check_model("plain", "cpu", "float32", (2, 32, 64, 16), "SL")["error"] < 1e-4
+    assert {*used} == {4, None}
+
+
+def test_fp8_is_timed_at_each_width_and_stands_beside_the_rule(monkeypatch, capsys):
+    """With the rounding emulated on a CPU."""
+    monkeypatch.setattr(common, "machine", lambda plan: "a GPU")
+    tasks = gpu_suite.fp8_tasks(gpu_suite.SuiteConfig(tiny=False, pack="p", data="tinyworld"))
+    assert [t.work.args for t in tasks] == [(w, 16_384, "cuda") for w in (768, 1024, 1280, 1536, 2048)]
+    found = gpu_suite.linear_seconds(32, 32, "cpu", many=1)
+    assert found["ratio"] == found["bfloat16"] / found["fp8"] > 0
+    result = {"bfloat16": 0.003, "fp8": 0.002, "ratio": 1.5}
+    gpu_suite.show_fp8([(task, result) for task in tasks])
+    lines = capsys.readouterr().out
+    assert "| 1024 | 3.000 | 2.000 | 1.50 | no |" in lines and "| 1280 | 3.000 | 2.000 | 1.50 | yes |" in lines
+    assert gpu_suite.fp8_tasks(gpu_suite.SuiteConfig(tiny=True)) == []
+
+
+def test_without_text_the_small_suite_reads_little_of_tinyworld(tmp_path, monkeypatch):
+    read = []
+    learn = packed.Tokenizer.train_from_iterator
+    monkeypatch.setattr(
+        packed.Tokenizer, "train_from_iterator", lambda texts, size: learn((read.append(t) or t for t in texts), size)
+    )
+    cfg = gpu_suite.SuiteConfig(tiny=True, pieces="time", results=str(tmp_path / "suite.jsonl"))
+    found = gpu_suite.run(cfg)
+    assert found["left"] == 0 and {r["arch"] for r in found["time"]["runs"]} == {"plain", "modern"}
+    assert 0 < len(read) <= 1024
 
 
 def test_steps_that_replay_something_else_are_seen(monkeypatch):
@@ -334,6 +447,62 @@ def test_without_a_gpu_it_is_one_line_and_exit_code_2(capsys):
         gpu_suite.main(["--data=packed.npz"])
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: torch finds no GPU here; use --tiny to try the suite on a CPU\n"
+
+
+NONSENSE = [
+    (ablate, "--depths=0 --widths=128", "--depths=1"),
+    (ablate, "--depths= --widths=", "--depths=1"),
+    (ablate, "--depths=2 --widths=-128", "--widths=1"),
+    (ablate, "--depths=2 --widths=129", "--widths=128"),
+    (ablate, "--seeds=", "--seeds=0"),
+    (ablate, "--steps=0", "at least 2"),
+    (ablate, "--threads=0", "--threads=1"),
+    (ablate, "--device=tpu", "cpu"),
+    (ablate, "--candidates=none --add=hot:matrix_rl=1", "matrix_lr"),
+    (ablate, "--head_dim=0", "head_dim=1"),
+    (train, "--depths=0", "--depths=1"),
+    (train, "--depths=", "--depths=1"),
+    (train, "--dtypes=", "--dtypes=float32"),
+    (train, "--aspect_ratio=0", "aspect_ratio=1"),
+    (train, "--vocab_size=0", "vocab_size=1"),
+    (train, "--sequence_len=0", "at least 1"),
+    (train, "--steps=0", "--steps=1"),
+    (train, "--threads=0", "--threads=1"),
+    (train, "--matmul=0", "at least 1"),
+    (train, "--overrides=matrix_lr=high", "matrix_lr=0.03"),
+    (train, "--data=nowhere", "a folder of text files"),
+    (time_to_bpb, "--depths=0", "--depths=1"),
+    (time_to_bpb, "--seeds=", "--seeds=0"),
+    (time_to_bpb, "--seeds=-1", "--seeds=0"),
+    (time_to_bpb, "--dtypes=int4", "use one of"),
+    (time_to_bpb, "--eval_every=0", "--eval_every=1"),
+    (time_to_bpb, "--vocab_size=0", "vocab_size=1"),
+    (time_to_bpb, "--tokens_per_step=0", "16384"),
+    (time_to_bpb, "--data=nowhere", "a folder of text files"),
+    (time_to_bpb, "--data=nowhere.npz", "no packed text"),
+    (inference, "--depth=0", "--depth=1"),
+    (inference, "--batch=", "--batch=1"),
+    (inference, "--threads=0", "--threads=1"),
+    (saving_bench, "--data=nowhere", "a folder of text files"),
+    (saving_bench, "--depth=0", "--depth=1"),
+    (gpu_suite, "--tiny --pieces=", "kernels"),
+    (gpu_suite, "--tiny --seeds=", "--seeds=0"),
+    (gpu_suite, "--tiny --data=nowhere", "a folder of text files"),
+    (gpu_suite, "--tiny --data=nowhere.npz", "--pack"),
+    (gpu_suite, "--tiny --candidates=some", "none of"),
+    (gpu_suite, "--pack=p.npz --data=tinyworld --pack_rows=0", "--pack_rows=1"),
+]
+
+
+@pytest.mark.parametrize(("bench", "flags", "way_out"), NONSENSE, ids=lambda x: x if isinstance(x, str) else "")
+def test_nonsense_ends_in_one_line_before_anything_is_built_or_trained(bench, flags, way_out, capsys, monkeypatch):
+    monkeypatch.setattr(packed.Tokenizer, "train_from_iterator", lambda *args: pytest.fail("a tokenizer is trained"))
+    monkeypatch.setattr(train, "in_child", lambda work: pytest.fail("a child is started"))
+    monkeypatch.setattr(checkpoint, "build_model", lambda *args: pytest.fail("a model is built"))
+    with pytest.raises(SystemExit) as end:
+        bench.main(flags.split())
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and way_out in error
 
 
 # ---- Checkpoints

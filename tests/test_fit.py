@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_a_tight_fit_is_tried_and_halved_until_a_pass_goes_through(monkeypatch):
     with_memory(monkeypatch, needs(24))
     tried = []
 
-    def pass_of(config, rt, rows, recompute, compile):
+    def pass_of(config, rt, rows, recompute, compile, fp8):
         tried.append(rows)
         if rows > 6:
             torch.empty(1 << 50)
@@ -59,6 +61,51 @@ def test_a_real_pass_of_what_fits_goes_through_and_leaves_the_seed_alone(monkeyp
     assert fit.find_rows(CONFIG, CPU, 16) == (8, False)
     assert passes == [8]
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_model_that_is_tried_multiplies_in_fp8_where_the_run_does(monkeypatch, fp8):
+    with_memory(monkeypatch, needs(8))
+    converted = []
+    monkeypatch.setattr(fit, "convert_to_fp8", converted.append)
+    assert fit.find_rows(CONFIG, CPU, 8, fp8=fp8) == (8, False)
+    assert len(converted) == fp8
+
+
+def test_rows_that_are_asked_for_are_taken_up_to_all_that_is_free(monkeypatch):
+    monkeypatch.setattr(runtime, "available_memory", lambda rt: needs(24))
+    fit.check_rows(CONFIG, CPU, 24, False)
+    with pytest.raises(InputError, match=r"^--device_batch_size 48 takes about .* GiB of memory, and .* free"):
+        fit.check_rows(CONFIG, CPU, 48, False)
+
+
+DEEP = GPTConfig(sequence_len=64, vocab_size=50, n_layer=8, n_head=2, n_kv_head=2, n_embd=32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "recompute", "fitting", "flags"),
+    [
+        (48, False, (24, False), "--device_batch_size=24"),
+        (48, True, (12, True), "--device_batch_size=12"),
+        (1, False, (1, True), "--recompute"),
+        (8, False, (8, True), "--device_batch_size=1"),  # fewer rows come before recomputing
+    ],
+)
+def test_rows_beyond_the_memory_are_refused_with_flags_that_fit(monkeypatch, rows, recompute, fitting, flags):
+    n, again = fitting
+    with_memory(monkeypatch, memory.memory_bytes(DEEP.shape, n, 1, again, value_bytes=4))
+    with pytest.raises(InputError, match=f"; try {flags}$"):
+        fit.check_rows(DEEP, CPU, rows, recompute)
+
+
+def test_a_model_of_which_the_rows_asked_for_never_fit_gets_another_and_one_row(monkeypatch):
+    config = GPTConfig(sequence_len=1024, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    with_memory(monkeypatch, memory.memory_bytes(replace(config.shape, sequence_len=256), 1, 1, value_bytes=4))
+    with pytest.raises(InputError, match=r"; try --max_seq_len=256 --device_batch_size=1$"):
+        fit.check_rows(config, CPU, 16, False)
+    with_memory(monkeypatch, 10.0)
+    with pytest.raises(InputError, match=r"; try a machine with more memory$"):
+        fit.check_rows(config, CPU, 16, False)
 
 
 def test_a_mistake_in_the_pass_is_not_taken_for_a_lack_of_memory(monkeypatch):

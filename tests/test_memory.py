@@ -59,6 +59,57 @@ def test_the_activations_that_autograd_keeps_are_about_those_of_the_memory_model
     assert values == pytest.approx(memory.ACTIVATION_VALUES, rel=0.15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_layer", [3, 6])
+def test_modern_keeps_the_bytes_of_the_memory_model_whose_residual_stream_is_fp32(dtype, n_layer):
+    config = gpt.GPTConfig(128, 512, n_layer, 2, 2, 128, "modern")
+    model = gpt.GPT(config)
+    model.init_weights()
+    model.prepare(torch.device("cpu"), dtype)
+
+    def kept(rows: int) -> int:
+        """Bytes, those of the weights' casts included."""
+        found, alive = {}, []
+
+        def count(x: torch.Tensor) -> torch.Tensor:
+            alive.append(x)  # or another tensor might get its address
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            model.features(torch.zeros(rows, 128, dtype=torch.int64))
+        return sum(found.values())
+
+    def expected(rows: int) -> float:
+        no_logits = replace(config.shape, vocab_size=0)
+        return memory_bytes(no_logits, rows, 1, value_bytes=dtype.itemsize)
+
+    assert kept(4) - kept(2) == pytest.approx(expected(4) - expected(2), rel=0.15)
+
+
+def test_recomputing_modern_keeps_the_fp32_stream_before_and_after_the_lambdas_of_each_block():
+    shape = shape_from_depth(20, V, T, arch="modern")
+    whole, less = memory_bytes(shape, 8, 1), memory_bytes(shape, 8, 1, recompute=True)
+    block = 2 * memory.LAMBDA_VALUES + 4 * memory.STREAM_VALUES
+    assert whole - less == pytest.approx((20 * block - (20 * 2 * 4 + block)) * 8 * T * 1280)
+
+
+@pytest.mark.parametrize(
+    ("sequence_len", "n_layer", "recompute", "flag"),
+    [
+        (2048, 20, False, "--recompute"),
+        (2048, 20, True, "--max_seq_len=1024"),
+        (128, 20, True, "--depth=10"),
+        (128, 10, True, "--depth=4"),
+        (128, 2, True, "--depth=1"),
+    ],
+)
+def test_where_a_row_is_too_much_recomputing_comes_first_then_half_the_context_then_half_the_depth(
+    sequence_len, n_layer, recompute, flag
+):
+    assert memory.less_memory(sequence_len, n_layer, recompute) == flag
+
+
 def test_the_optimizers_state_is_shared_out_over_the_ranks():
     shape = shape_from_depth(8, V, T)
     assert optimizer_bytes(shape, 1) == 8 * 2 * V * 512 + 4 * 8 * 12 * 512**2

@@ -70,6 +70,18 @@ def take(
     return norms
 
 
+def take_guarded(
+    params: dict[str, nn.Parameter], optimizer: MuonAdamW, grads: Callable[[int], dict[str, Tensor]]
+) -> None:
+    """Four guarded steps, the third of which has a gradient that is no number, and is not taken."""
+    for step in range(4):
+        for name, grad in grads(step).items():
+            params[name].grad = grad * math.nan if (step, name) == (2, "wide1") else grad
+        optimizer.step(None, torch.tensor(1.0), (9.0, 1e9))
+        assert bool(optimizer.taken) == (step != 2)
+        optimizer.step_count -= int(step == 2)  # as who reads that must
+
+
 def values(params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in params.items()}
 
@@ -359,6 +371,16 @@ def train_on_two(rt: Runtime, folder: Path, matrices: str) -> None:
     keep("from_one", values(params))
 
     params, optimizer = make(matrices=matrices)
+    calls: list[int] = []  # 1 = an orthogonalisation, 2 = the gradient of a table has to be here, 3 = an update
+    direction, arrived, update = optimizer.direction, optimizer._arrived, optimizer._update
+    optimizer.direction = lambda *args: (calls.append(1), direction(*args))[1]
+    optimizer._arrived = lambda shard: (calls.append(2) if shard.group.kind == "adamw" else None, arrived(shard))[1]
+    optimizer._update = lambda shard, g: (calls.append(3), update(shard, g))[1]
+    take_guarded(params, optimizer, own_grads)
+    keep("guarded", values(params))
+    keep("calls", {"calls": torch.tensor(calls[: calls.index(3)])})
+
+    params, optimizer = make(matrices=matrices)
     norms = take(params, optimizer, range(4), own_grads, clip=0.5)
     keep("clipped", {**values(params), "norms": torch.tensor(norms)})
     shares = {name: sum(t.numel() for t in s.state.values()) for s in optimizer.shards for name in [s.names[0]]}
@@ -420,6 +442,17 @@ def test_two_ranks_clip_by_the_norm_of_the_mean_gradient(one_and_two):
     assert clipped.pop("norms").tolist() == pytest.approx(norms, rel=1e-5)
     assert norms[0] == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in mean_grads(0).values())), rel=1e-5)
     assert_same(clipped, values(params))
+
+
+def test_two_ranks_take_and_skip_guarded_steps_as_one_process_does(one_and_two):
+    params, optimizer = make(matrices=one_and_two("matrices"))
+    take_guarded(params, optimizer, mean_grads)
+    assert_same(one_and_two("guarded"), values(params))
+
+
+def test_normuon_orthogonalises_while_the_tables_gradients_are_on_their_way(one_and_two):
+    calls = one_and_two("calls")["calls"].tolist()
+    assert calls == ([1, 1, 2, 2] if one_and_two("matrices") == "normuon" else [2, 2])
 
 
 def test_a_rank_holds_half_of_the_optimizer_state(one_and_two):

@@ -8,7 +8,7 @@ import pytest
 
 from nanochat import memory
 from nanochat.memory import memory_bytes
-from nanochat.plan import H100_MEMORY, Machine, dollars, h100s, plan_lines, this_cpu, train_seconds
+from nanochat.plan import H100_MEMORY, Estimator, Machine, dollars, h100s, plan_lines, this_cpu, train_seconds
 from nanochat.scaling import Shape, shape_from_depth, with_settings
 from scripts.base_train import BaseTrainConfig
 
@@ -25,7 +25,19 @@ def test_time_is_flops_over_what_the_gpus_reach():
     one = train_seconds(shape, 1e9, h100s(1))
     assert one == pytest.approx(3_491_758_080 * 1e9 / (989e12 * 0.45))
     assert train_seconds(shape, 1e9, h100s(8)) == pytest.approx(one / 8)
-    assert train_seconds(shape, 1e9, this_cpu(2e11)) == pytest.approx(3_491_758_080 * 1e9 / (2e11 * 0.3))
+
+
+def test_a_cpu_reaches_more_where_training_compiles_as_long_ones_do_unless_told_otherwise():
+    shape = shape_from_depth(20, V, T)
+    cpu, flops = this_cpu(2e11), 3_491_758_080  # a token
+    assert train_seconds(shape, 1e5, cpu) == pytest.approx(flops * 1e5 / (2e11 * 0.6))
+    assert train_seconds(shape, 2e4, cpu) == pytest.approx(flops * 2e4 / (2e11 * 0.43))  # 7e13 FLOPs
+    assert train_seconds(shape, 1e5, cpu, compile=False) == pytest.approx(flops * 1e5 / (2e11 * 0.43))
+    line, eager = (plan(shape, cpu, compile=way)[-1] for way in (None, False))
+    hours = [float(text.split(": ")[1].split(" h")[0]) for text in (line, eager)]
+    assert hours[1] / hours[0] == pytest.approx(0.6 / 0.43, rel=1e-3)
+    stage = [Estimator(cpu, shape, 1).training(n, 1024, 1, 0, 0).seconds - cpu.start_seconds for n in (20, 100)]
+    assert stage == pytest.approx([flops * 20 * 1024 / (2e11 * 0.43), flops * 100 * 1024 / (2e11 * 0.6)])
 
 
 def test_dollars_count_every_gpu():
@@ -82,7 +94,8 @@ def test_a_cpu_costs_nothing_and_takes_no_more_rows_than_are_of_use():
     assert machine.rows(shape, 1024) == memory.CPU_PASS_TOKENS // 512
     assert machine.rows(shape, 12) == 12
     line = plan(shape, machine)[-1]
-    assert line.startswith("this CPU, 30% of the 100 GFLOP/s measured in matmuls: ") and ", $0.00, " in line
+    assert line.startswith("this CPU, 60% compiled and 43% eager of the 100 GFLOP/s measured in matmuls: ")
+    assert ", $0.00, " in line
     assert this_cpu(1e11, memory=2**20).rows(shape, 8) is None
     assert this_cpu(1e11).rows(shape, 8) == 8  # memory not looked at
 

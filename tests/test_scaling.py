@@ -13,11 +13,13 @@ from nanochat.scaling import (
     MODERN,
     PLAIN,
     grad_accum_steps,
+    least_depth,
     lr_multiplier,
     muon_momentum,
     num_iterations,
     round_to_multiple,
     rounded_up,
+    schedule,
     settings,
     shape_from_depth,
     shared_batch,
@@ -143,9 +145,12 @@ def test_lr_beyond_the_end_stays_at_its_last_value_and_is_never_negative(progres
     assert lr_multiplier(progress, warmdown=0) == 1
 
 
-@pytest.mark.parametrize(("step", "momentum"), [(0, 0.85), (150, 0.90), (300, 0.95), (10_000, 0.95)])
-def test_muon_momentum_rises_over_the_first_300_steps(step, momentum):
-    assert muon_momentum(step) == pytest.approx(momentum)
+@pytest.mark.parametrize(
+    ("step", "plain", "modern"), [(0, 0.85, 0.75), (150, 0.90, 0.85), (300, 0.95, 0.95), (10_000, 0.95, 0.95)]
+)
+def test_muon_momentum_rises_over_the_first_300_steps(step, plain, modern):
+    assert schedule(PLAIN, step, 20_000, "plain")[1] == muon_momentum(step) == pytest.approx(plain)
+    assert schedule(PLAIN, step, 20_000, "modern")[1] == pytest.approx(modern)
 
 
 @pytest.mark.parametrize(
@@ -325,6 +330,26 @@ def test_a_width_that_no_head_size_divides_is_refused_with_sizes_that_work(sizes
         shape_from_depth(depth, V, T, aspect_ratio, head_dim)
     near = dict(part.removeprefix("--").split("=") for part in flags.split())
     shape_from_depth(int(near["depth"]), V, T, aspect_ratio, int(near.get("head_dim", head_dim)))
+
+
+@pytest.mark.parametrize(("depth", "aspect_ratio", "near"), [(0, 64, 1), (-3, 64, 1), (0, 1, 2)])
+def test_a_depth_below_1_is_refused_with_the_least_that_works(depth, aspect_ratio, near):
+    with pytest.raises(InputError, match=rf"^--depth {depth} must be at least 1; try --depth={near}$"):
+        shape_from_depth(depth, V, T, aspect_ratio)
+    shape_from_depth(near, V, T, aspect_ratio)
+
+
+@pytest.mark.parametrize(
+    ("aspect_ratio", "head_dim", "depth"), [(64, 128, 20), (48, 96, 28), (65, 128, None), (2, 3, None)]
+)
+def test_the_least_depth_of_a_width_has_heads_of_an_even_size(aspect_ratio, head_dim, depth):
+    found = least_depth(1280, 16, aspect_ratio, head_dim)
+    if depth:
+        assert found == depth
+    if found:
+        shape = shape_from_depth(found, V, T, aspect_ratio, head_dim)
+        assert shape.n_embd >= 1280 and shape.n_embd % 16 == 0
+    assert (found is None) == (head_dim == 3)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(10, 8), (13, 16), (1, 8), (0, 8), (24, 24)])

@@ -6,7 +6,7 @@ import json
 import pytest
 import tiktoken
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nanochat.config import InputError
@@ -76,6 +76,7 @@ def test_tokenizers_gives_the_same_ids_and_text(tokenizer, exported):
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=30) | st.text("ab '\n\r.1é", max_size=30))
 def test_tokenizers_gives_the_same_ids_for_any_text(ours, theirs, text):
+    assume(not any(name in text for name in SPECIAL_TOKENS))  # which theirs reads as the token
     assert theirs.encode(text).ids == ours.encode(text)
 
 

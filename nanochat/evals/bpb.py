@@ -50,7 +50,9 @@ def evaluate_bpb(
         total = torch.zeros(3, dtype=torch.int64, device=token_bytes.device)
         some = islice(batches, num_batches)
         hidden = not environment.is_master()
-        for inputs, targets in tqdm(some, "Validation", num_batches, False, delay=SILENT_SECONDS, disable=hidden):
+        for inputs, targets in tqdm(
+            some, "Validation", num_batches, False, mininterval=1, delay=SILENT_SECONDS, disable=hidden
+        ):
             total += _row_sums(model, inputs, targets, token_bytes).sum(0).to(total.device)
         return total
 
