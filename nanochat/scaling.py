@@ -44,7 +44,8 @@ RATES = ("embedding_lr", "unembedding_lr", "matrix_lr")
 PLAIN = Settings(2**19, 20, 0.2, 0.004, 0.02, 0.0, 1.0, 0.0, 0.2, 0.0)  # the reference's, at any depth
 
 # `modern`: the values at the reference depth, those of the public recipe (batch, ratio, matrices' rate, decay), and how
-# they move from there. Runs of runs/scaling_laws.sh re-fit them.
+# they move from there: by the literature above the reference's number of tokens, which no run of ours had, by our own
+# runs below it (docs/EXPERIMENTS.md; runs/scaling_laws.sh). The dial's own series: docs/BENCHMARKS.md, The miniseries.
 MODERN = Settings(2**19, 12.0, 0.2, 0.004, 0.02, 0.28, 0.0, 0.0, 0.6, 0.05)
 REFERENCE_DEPTH = 12
 BATCH_EXPONENT = 0.383  # B ~ D^0.383 (Bergsma et al. 2025, arXiv 2505.13738: the critical batch grows with the data)

@@ -27,8 +27,8 @@ SILENT_SECONDS = 5.0
 def evaluate_bpb(
     model: Any, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor, num_batches: int | None = None
 ) -> float:
-    """Bits per byte of text over all batches of all ranks, which must all call it. One that takes longer than
-    SILENT_SECONDS shows how far it is.
+    """Bits per byte of text over all batches of all ranks, which must all call it. With num_batches, one that takes
+    longer than SILENT_SECONDS shows how far it is.
 
     bpb = sum(nats) / (ln 2 * sum(bytes)), both sums over the counted targets only: those >= 0 whose token
     stands for at least one byte. Special tokens (0 bytes) and masked targets (-1) leave both sums.
@@ -37,7 +37,7 @@ def evaluate_bpb(
         model: model(inputs, targets, reduction="none") gives the loss of each target in nats, (B*T,).
         batches: (inputs, targets), int64 (B, T) each; as many on every rank as it has.
         token_bytes: (V,) integers, the UTF-8 bytes that each token stands for.
-        num_batches: how many of this rank's to take; None = all.
+        num_batches: most of this rank's to take; None = all.
 
     Returns:
         The same value on every rank; infinity where no byte is counted.
@@ -49,7 +49,7 @@ def evaluate_bpb(
     def sums() -> Tensor:
         total = torch.zeros(3, dtype=torch.int64, device=token_bytes.device)
         some = islice(batches, num_batches)
-        hidden = not environment.is_master()
+        hidden = num_batches is None or not environment.is_master()
         for inputs, targets in tqdm(
             some, "Validation", num_batches, False, mininterval=1, delay=SILENT_SECONDS, disable=hidden
         ):
