@@ -85,9 +85,9 @@ class AblateConfig:
             raise InputError(f"--steps {self.steps} must be at least 2: the base also runs half of them")
         if self.timing_rounds < 1 or self.jobs < 0:
             raise InputError("--timing_rounds must be at least 1 and --jobs at least 0")
-        depths, widths = numbers("depths", self.depths, 1), numbers("widths", self.widths, 1)
-        if len(depths) != len(widths) or any(w % d for d, w in zip(depths, widths, strict=True)):
-            near = ",".join(str(d * self.head_dim) for d in depths)
+        depths, widths = numbers("depths", self.depths, 1), numbers("widths", self.widths)
+        if len(depths) != len(widths) or any(w < 1 or w % d for d, w in zip(depths, widths, strict=True)):
+            near = ",".join(str(d * max(2, self.head_dim)) for d in depths)
             raise InputError(
                 f"--widths {self.widths}: one for each of --depths {self.depths}, a multiple of it; try --widths={near}"
             )

@@ -31,6 +31,7 @@ from nanochat import checkpoint, fp8, guards, runtime, scaling
 from nanochat.config import InputError
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import MIN_VOCAB_SIZE
 from nanochat.trainer import accumulate, compiled, compiles, make_optimizer
 
 Override = float | str | tuple[Any, ...]
@@ -92,8 +93,10 @@ def resolve(
         if known[name] == "shape" or name.startswith("n_"):
             sizes[name] = value  # type: ignore[assignment]
     for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} {value} must be a number from 1 on; try {name}=1")
+        least = 2 if name == "head_dim" else 1  # heads are even
+        if not isinstance(value, int) or value < least:
+            near = MIN_VOCAB_SIZE if name == "vocab_size" else least
+            raise InputError(f"{name} {value} must be a number from {near} on; try {name}={near}")
     shape = scaling.shape_from_depth(setting.depth, vocab_size, sequence_len, **places["shape"])
     dial = {name: getattr(shape, name) for name in ("sequence_len", "n_layer", "n_head", "n_kv_head", "n_embd")}
     config = GPTConfig(vocab_size=vocab_size, **{**dial, "arch": setting.arch, **places["config"]})
